@@ -1,0 +1,397 @@
+import abc
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import diffrax as dfx
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from ._adjoint.implicit import ImplicitAdjoint
+from ._convolution import fast_convolutions
+from ._misc import check_hyperparameter, tree_all_finite
+from ._solution import EquilibriumSolution
+from ._solver.anderson import AndersonAcceleration
+from ._solver.progress import DIVERGENCE_FACTOR
+from ._solver.steady_state import SteadyState
+
+
+_Model = TypeVar("_Model", bound=PyTree)
+
+_OPTIMISTIX_SOLVERS = (
+    optx.AbstractFixedPointSolver,
+    optx.AbstractRootFinder,
+    optx.AbstractLeastSquaresSolver,
+    optx.AbstractMinimiser,
+)
+
+
+def _keyword(default):
+    return eqx.field(default=default, kw_only=True)
+
+
+def _as_solver(solver: Any) -> optx.AbstractIterativeSolver:
+    if isinstance(solver, dfx.AbstractSolver):
+        return SteadyState(solver)
+    if isinstance(solver, _OPTIMISTIX_SOLVERS):
+        return solver
+    accepted = "`, `optimistix.".join(kind.__name__ for kind in _OPTIMISTIX_SOLVERS)
+    raise TypeError(
+        f"`solver` must be an instance of `optimistix.{accepted}` or "
+        f"`diffrax.AbstractSolver`; got {solver!r}."
+    )
+
+
+class AbstractDeepEquilibriumNetwork(eqx.Module):
+    """A layer whose output solves `z = cell(z, x)`: what its kinds have in common.
+
+    They differ in where the solve starts. Write your own by giving it these fields and
+    a `start`.
+
+    **Attributes:**
+
+    - `cell`, `solver`, `adjoint`, `max_steps`, `throw`: as in
+        [`implicitnets.DeepEquilibriumNetwork`][].
+    - `fixed_depth`: see [`implicitnets.set_fixed_depth`][].
+    """
+
+    cell: eqx.AbstractVar[Callable]
+    solver: eqx.AbstractVar[optx.AbstractIterativeSolver]
+    adjoint: eqx.AbstractVar[optx.AbstractAdjoint]
+    max_steps: eqx.AbstractVar[int]
+    throw: eqx.AbstractVar[bool]
+    fixed_depth: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
+        """Where the solve starts, unless the call says otherwise.
+
+        **Arguments:**
+
+        - `x`: the layer's input.
+        - `key`: the call's key.
+
+        **Returns:**
+
+        An initial guess, of the structure, shapes and dtypes of the state.
+        """
+
+    def __check_init__(self):
+        # Tracers and placeholders pass, as when a transformation rebuilds the layer.
+        if isinstance(self.max_steps, int):
+            check_hyperparameter(self, "max_steps", self.max_steps >= 1, "at least 1")
+        if isinstance(self.fixed_depth, int):
+            check_hyperparameter(self, "fixed_depth", self.fixed_depth >= 0, "at least 0")
+
+    def __call__(
+        self,
+        x: PyTree,
+        *,
+        z0: PyTree[Array] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> PyTree[Array]:
+        """The equilibrium for one input.
+
+        **Arguments:**
+
+        - `x`: the input, any pytree; the cell's second argument.
+        - `z0`: where to start, instead of the layer's own start: for example at the
+            last equilibrium of a slowly changing input.
+        - `key`: passed on to a cell with an argument `key`, the same for every
+            evaluation in this solve and its gradient.
+
+        **Returns:**
+
+        The equilibrium, of the structure of the state.
+
+        **Raises:**
+
+        As `solve`.
+        """
+        return self.solve(x, z0=z0, key=key).z_star
+
+    def solve(
+        self,
+        x: PyTree,
+        *,
+        z0: PyTree[Array] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> EquilibriumSolution:
+        """The equilibrium for one input, and how it was found.
+
+        **Arguments:**
+
+        - `x`, `z0`, `key`: as `__call__`.
+
+        **Returns:**
+
+        An [`implicitnets.EquilibriumSolution`][].
+
+        **Raises:**
+
+        `ValueError` when tracing, if the cell does not map the state's structure,
+        shapes and dtypes to themselves or if the state is not real floating point;
+        `RuntimeError` when running, with `throw=True`, if the solve was not successful.
+        """
+        if not isinstance(self.fixed_depth, int):
+            raise TypeError(
+                "`fixed_depth` decides what is compiled, so it must be a Python integer;"
+                f" got {self.fixed_depth!r}. Use `equinox.filter_jit` and the other "
+                "filtered transformations on models that hold an equilibrium layer."
+            )
+        z0 = self.start(x, key=key) if z0 is None else z0
+        z0 = jtu.tree_map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), z0)
+        arguments = (self.cell, x, key)
+        _check_state(z0, eqx.filter_eval_shape(_call_cell, z0, arguments))
+        if self.fixed_depth == 0:
+            z_star, result, stats = self._find(z0, arguments)
+        else:
+            z_star, result, stats = self._unroll(z0, arguments)
+        residual = lax.stop_gradient(_residual(z_star, arguments))
+        result = _judge(result, z0, z_star, residual, arguments)
+        if self.throw:
+            z_star = result.error_if(z_star, result != optx.RESULTS.successful)
+        return EquilibriumSolution(
+            z_star=z_star, z0=z0, residual=residual, result=result, stats=stats
+        )
+
+    def _find(self, z0, arguments):
+        solution = optx.fixed_point(
+            _call_cell,
+            self.solver,
+            z0,
+            arguments,
+            max_steps=self.max_steps,
+            adjoint=self.adjoint,
+            throw=False,
+        )
+        stats = {k: v for k, v in solution.stats.items() if k != "max_steps"}
+        return solution.value, solution.result, stats
+
+    def _unroll(self, z0, arguments):
+        z_star, _ = lax.scan(
+            lambda z, _: (_call_cell(z, arguments), None),
+            z0,
+            None,
+            length=self.fixed_depth,
+        )
+        depth = jnp.array(self.fixed_depth)
+        return z_star, optx.RESULTS.successful, {"num_steps": depth, "nfe": depth}
+
+
+class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
+    """A layer whose output is the equilibrium `z = cell(z, x)`.
+
+    ```python
+    deq = inn.DeepEquilibriumNetwork(cell, inn.AndersonAcceleration(1e-4, 1e-6))
+    z = jax.vmap(deq)(xs)
+    ```
+
+    One example in, one equilibrium out: batches by `jax.vmap`, under which every
+    example is solved on its own. A cell that couples examples (batch statistics,
+    graphs) is solved on the whole batch instead, by calling the layer on the batch.
+
+    Bai et al., *Deep Equilibrium Models*, 2019.
+
+    **Arguments:**
+
+    - `cell`: `cell(z, x) -> z`, any callable pytree, that maps a state to one of the
+        same structure, shapes and dtypes. `x` is any pytree. A cell with an argument
+        `key` gets the call's key by that name.
+    - `solver`: any Optimistix root finder, fixed-point solver, least-squares solver or
+        minimiser, ours among them; or any Diffrax ODE solver, short for
+        [`implicitnets.SteadyState`][] of it. The default is
+        [`implicitnets.AndersonAcceleration`][] to a relative tolerance of `1e-4`.
+    - `init`: `init(x) -> z0`, where the solve starts; `None` for zeros like `x`.
+    - `adjoint`: any Optimistix adjoint, ours among them. The default is
+        [`implicitnets.ImplicitAdjoint`][].
+    - `max_steps`: the largest number of solver steps.
+    - `throw`: whether a solve that was not successful raises. By default it does not,
+        since solves that stop early are normal in training: see `result` of `solve`.
+    - `fixed_depth`: 0 to solve; see [`implicitnets.set_fixed_depth`][].
+
+    **Raises:**
+
+    `TypeError` for what is no solver.
+    """
+
+    cell: Callable
+    solver: optx.AbstractIterativeSolver = eqx.field(
+        default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=_as_solver
+    )
+    init: Callable[[Any], PyTree[Array]] | None = _keyword(None)
+    adjoint: optx.AbstractAdjoint = _keyword(ImplicitAdjoint())
+    max_steps: int = _keyword(256)
+    throw: bool = _keyword(False)
+    fixed_depth: int = _keyword(0)
+
+    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
+        """`init(x)`, or zeros like `x`."""
+        del key
+        if self.init is None:
+            return jtu.tree_map(jnp.zeros_like, x)
+        return self.init(x)
+
+
+class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
+    """An equilibrium layer whose solve starts where an explicit network predicts.
+
+    With an `init` this is the Skip DEQ, without one the Skip Reg. DEQ, whose prediction
+    is one application of the cell to a zero state and so has no parameters of its own.
+    Train with [`implicitnets.skip_penalty`][], which draws the prediction and the
+    equilibrium together, and the solve gets shorter.
+
+    Pal et al., *Mixing Implicit and Explicit Deep Learning with Skip DEQs and Infinite
+    Time Neural ODEs*, 2022, section 3.
+
+    **Arguments:**
+
+    - `init`: `init(x) -> z0`, trained with the rest of the model; `None` for
+        `cell(0, x)`, with zeros like `x`.
+    - `cell`, `solver`, `adjoint`, `max_steps`, `throw`, `fixed_depth`: as
+        [`implicitnets.DeepEquilibriumNetwork`][].
+
+    **Raises:**
+
+    `TypeError` for what is no solver.
+    """
+
+    cell: Callable
+    solver: optx.AbstractIterativeSolver = eqx.field(
+        default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=_as_solver
+    )
+    init: Callable[[Any], PyTree[Array]] | None = _keyword(None)
+    adjoint: optx.AbstractAdjoint = _keyword(ImplicitAdjoint())
+    max_steps: int = _keyword(256)
+    throw: bool = _keyword(False)
+    fixed_depth: int = _keyword(0)
+
+    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
+        """`init(x)`, or `cell(0, x)`."""
+        if self.init is None:
+            zeros = jtu.tree_map(jnp.zeros_like, x)
+            return _call_cell(zeros, (self.cell, x, key))
+        return self.init(x)
+
+
+def set_fixed_depth(model: _Model, depth: int) -> _Model:
+    """Switch every equilibrium layer of a model between unrolling and solving.
+
+    The change is to a Python integer in the model and to nothing else, so that an
+    optimiser state made before a switch goes on working after it. Unrolling to a small
+    depth is how equilibrium models are pretrained (Bai et al., *Deep Equilibrium
+    Models*, 2019, appendix D).
+
+    **Arguments:**
+
+    - `model`: any pytree.
+    - `depth`: how many times to apply the cell, with ordinary differentiation through
+        every application; 0 to solve for the equilibrium.
+
+    **Returns:**
+
+    The model with the depth set in every equilibrium layer, nested ones included.
+
+    **Raises:**
+
+    `ValueError` if the depth is not an integer of at least 0.
+    """
+    if not isinstance(depth, int) or depth < 0:
+        raise ValueError(f"`depth` must be an integer of at least 0; got {depth!r}.")
+
+    def set_depth(node):
+        if not isinstance(node, AbstractDeepEquilibriumNetwork):
+            return node
+        inner = jtu.tree_map(
+            set_depth,
+            node,
+            is_leaf=lambda x: (
+                isinstance(x, AbstractDeepEquilibriumNetwork) and x is not node
+            ),
+        )
+        return eqx.tree_at(lambda layer: layer.fixed_depth, inner, depth)
+
+    return jtu.tree_map(
+        set_depth,
+        model,
+        is_leaf=lambda x: isinstance(x, AbstractDeepEquilibriumNetwork),
+    )
+
+
+# A module-level function, so that a solve outside `jit` is compiled once and not at
+# every call.
+def _call_cell(z, arguments):
+    cell, x, key = arguments
+    if key is None or not _takes_key(cell):
+        return fast_convolutions(cell)(z, x)
+    return fast_convolutions(lambda z, x: cell(z, x, key=key))(z, x)
+
+
+def _takes_key(cell: Callable) -> bool:
+    try:
+        return "key" in inspect.signature(cell).parameters
+    except ValueError:  # Built-in functions may have no signature.
+        return False
+
+
+def _residual(z, arguments):
+    return jtu.tree_map(jnp.subtract, _call_cell(z, arguments), z)
+
+
+def _check_state(z: PyTree[Array], new_z: PyTree[jax.ShapeDtypeStruct]) -> None:
+    for leaf in jtu.tree_leaves(z):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                "The state `z` must consist of real floating-point arrays; got an "
+                f"array of dtype {leaf.dtype}. Split complex numbers into real and "
+                "imaginary parts, and give the start of the state by `init` or `z0` if "
+                "the input `x` has other leaves."
+            )
+    z_struct = jax.eval_shape(lambda: z)
+    if _strip(z_struct) != _strip(new_z):
+        raise ValueError(
+            "`cell(z, x)` must return the structure, shapes and dtypes of `z`. Got `z` "
+            f"of structure {eqx.tree_pformat(z_struct, struct_as_array=True)} and "
+            "`cell(z, x)` of structure "
+            f"{eqx.tree_pformat(new_z, struct_as_array=True)}. The state starts as "
+            "zeros like `x` unless `init` or `z0` says otherwise."
+        )
+
+
+def _strip(structure):
+    leaves, treedef = jtu.tree_flatten(structure)
+    return treedef, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+
+
+def _judge(result, z0, z_star, residual, arguments):
+    """A solver's own result, corrected for what it has not seen.
+
+    Optimistix checks the iterate before the last step, and for divergence only some of
+    its solvers do (`optimistix/_iterate.py`, version 0.1.0).
+    """
+    z0, z_star, arguments = jtu.tree_map(
+        lambda leaf: lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf,
+        (z0, z_star, arguments),
+    )
+    failed = result != optx.RESULTS.successful
+
+    def start_norm():
+        f0 = _call_cell(z0, arguments)
+        residual0 = jtu.tree_map(jnp.subtract, f0, z0)
+        return jnp.maximum(optx.two_norm(residual0), optx.two_norm(f0))
+
+    # Evaluated only if an example of the batch needs it.
+    norm = optx.two_norm(residual)
+    bound = DIVERGENCE_FACTOR * lax.cond(
+        eqxi.unvmap_any(failed), start_norm, lambda: jnp.zeros_like(norm)
+    )
+    diverged = (result == optx.RESULTS.nonlinear_max_steps_reached) & (norm > bound)
+    result = optx.RESULTS.where(diverged, optx.RESULTS.nonlinear_divergence, result)
+    finite = tree_all_finite((z_star, residual))
+    return optx.RESULTS.where(finite, result, optx.RESULTS.nonfinite)

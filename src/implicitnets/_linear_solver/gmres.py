@@ -1,0 +1,392 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from .._loop import Unfrozen, while_loop
+from .._misc import (
+    check_hyperparameter,
+    check_tolerances,
+    history_combine,
+    history_dot,
+    history_set,
+    tree_dot,
+    working_dtype,
+)
+
+
+# How many basis vectors a product is orthogonalised against at once: the block is read
+# for the inner products and again, from cache, for the subtraction.
+_BLOCK_SIZE = 4
+
+# Orthogonalise a second time if less than this share of a product was left: what is
+# left has then lost a digit to cancellation (Giraud et al., *The loss of orthogonality
+# in the Gram-Schmidt orthogonalization process*, 2005).
+_CANCELLATION = 0.1
+
+# A cycle that ends with more than this share of its residual has stagnated.
+_STAGNATION = 0.999
+
+
+class GivensGMRES(lx.AbstractLinearSolver):
+    r"""GMRES that knows its residual after every product, and stops there.
+
+    The Hessenberg matrix is kept in triangular form by Givens rotations (Saad and
+    Schultz, *GMRES*, 1986, section 3.2), which gives the two-norm of the residual
+    for nothing, so that a solve pays for the products that it needs and no more, where
+    [`lineax.GMRES`][] looks at the end of a restart cycle.
+
+    Stops when `two_norm(b - A x) <= atol + rtol * two_norm(b)`. Only for real square
+    operators. Under `vmap` every example stops on its own.
+
+    This solver supports the following `options` of [`lineax.linear_solve`][]:
+
+    - `preconditioner`: a [`lineax.AbstractLinearOperator`][] close to the inverse, used
+        on the right, so that the residual of the stopping rule is that of the system.
+    - `y0`: where to start; zero by default. A start costs one product.
+
+    The statistics are `num_steps` (the products with the operator) and `residual_norm`
+    (`two_norm(b - A x)`, as the rotations give it). The result tells running out of
+    steps, breakdown (the operator is singular on the Krylov space) and stagnation (a
+    whole cycle without progress: more `restart`, a preconditioner, or a tolerance above
+    what rounding allows, are the remedies) apart.
+
+    **Arguments:**
+
+    - `rtol`: relative tolerance.
+    - `atol`: absolute tolerance.
+    - `max_steps`: the largest number of products with the operator; `None` for no bound.
+    - `restart`: the dimension of the Krylov space, in memory `restart + 1` vectors.
+    """
+
+    rtol: float
+    atol: float
+    max_steps: int | None = 500
+    restart: int = 20
+
+    def __check_init__(self):
+        check_tolerances(self)
+        check_hyperparameter(
+            self,
+            "max_steps",
+            self.max_steps is None
+            or (isinstance(self.max_steps, int) and self.max_steps >= 1),
+            "an integer of at least 1, or None",
+        )
+        check_hyperparameter(
+            self,
+            "restart",
+            isinstance(self.restart, int) and self.restart >= 1,
+            "an integer of at least 1",
+        )
+
+    def init(
+        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> lx.AbstractLinearOperator:
+        """As `lineax.AbstractLinearSolver.init`."""
+        del options
+        if operator.in_structure() != operator.out_structure():
+            raise ValueError("`GivensGMRES` is for square operators only.")
+        return lx.linearise(operator)
+
+    def compute(
+        self,
+        state: lx.AbstractLinearOperator,
+        vector: PyTree[Array],
+        options: dict[str, Any],
+    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
+        """As `lineax.AbstractLinearSolver.compute`."""
+        if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
+            raise ValueError("`GivensGMRES` is for real vectors only.")
+        dtype = working_dtype(vector)
+        structure = jax.eval_shape(lambda: vector)
+
+        def widen(x):
+            return jtu.tree_map(lambda a: a.astype(dtype), x)
+
+        def narrow(x):
+            return jtu.tree_map(lambda a, s: a.astype(s.dtype), x, structure)
+
+        def product(x):
+            return widen(state.mv(narrow(x)))
+
+        preconditioner = options.get("preconditioner")
+
+        def precondition(x):
+            return x if preconditioner is None else widen(preconditioner.mv(narrow(x)))
+
+        def residual_at(x):
+            return jtu.tree_map(jnp.subtract, b, product(x))
+
+        b = widen(vector)
+        size = sum(x.size for x in jtu.tree_leaves(b))
+        restart = max(1, min(self.restart, size))
+        rtol = jnp.asarray(self.rtol, dtype)
+        target = jnp.asarray(self.atol, dtype) + rtol * _norm(b)
+
+        if "y0" in options:
+            solution = widen(options["y0"])
+            residual = residual_at(solution)
+            num_steps = jnp.array(1)
+        else:
+            solution = jtu.tree_map(jnp.zeros_like, b)
+            residual = b
+            num_steps = jnp.array(0)
+
+        def unfinished(residual_norm, num_steps, failed):
+            active = (residual_norm > target) & ~failed
+            return active if self.max_steps is None else (
+                active & (num_steps < self.max_steps)
+            )
+
+        def solve_goes_on(solve):
+            failed = solve.breakdown | solve.stagnation
+            return unfinished(solve.residual_norm, solve.num_steps, failed)
+
+        def run_cycle(solve):
+            is_first = solve.num_cycles.value == 0
+            start = lax.cond(
+                is_first, lambda: residual, lambda: residual_at(solve.solution)
+            )
+            num_steps = solve.num_steps + jnp.where(is_first, 0, 1)
+            start_norm = _norm(start)
+            stagnation = start_norm > _STAGNATION * solve.start_norm
+
+            def cycle_goes_on(cycle):
+                return (cycle.column.value < restart) & unfinished(
+                    cycle.residual_norm,
+                    num_steps + cycle.num_columns,
+                    cycle.breakdown | stagnation,
+                )
+
+            cycle = while_loop(
+                cycle_goes_on,
+                lambda cycle: _arnoldi_step(
+                    lambda x: product(precondition(x)), start_norm, cycle
+                ),
+                _start_cycle(start, start_norm, solve.basis.value, restart),
+            )
+            correction = precondition(_combine_columns(cycle, start_norm))
+            return _Solve(
+                solution=jtu.tree_map(jnp.add, solve.solution, correction),
+                residual_norm=cycle.residual_norm,
+                start_norm=start_norm,
+                num_steps=num_steps + cycle.num_columns,
+                breakdown=cycle.breakdown,
+                stagnation=stagnation,
+                num_cycles=Unfrozen(solve.num_cycles.value + 1),
+                basis=cycle.basis,
+            )
+
+        num_rows = _BLOCK_SIZE * math.ceil((restart + 1) / _BLOCK_SIZE)
+        solve = while_loop(
+            solve_goes_on,
+            run_cycle,
+            _Solve(
+                solution=solution,
+                residual_norm=_norm(residual),
+                start_norm=jnp.array(jnp.inf, dtype),
+                num_steps=num_steps,
+                breakdown=jnp.array(False),
+                stagnation=jnp.array(False),
+                num_cycles=Unfrozen(jnp.array(0)),
+                basis=Unfrozen(
+                    jtu.tree_map(lambda x: jnp.zeros((num_rows, *x.shape), dtype), b)
+                ),
+            ),
+        )
+        result = lx.RESULTS.where(
+            solve.stagnation, lx.RESULTS.stagnation, lx.RESULTS.max_steps_reached
+        )
+        # Not `residual_norm > target`, which is false for NaN.
+        broken = solve.breakdown | ~jnp.isfinite(solve.residual_norm)
+        result = lx.RESULTS.where(broken, lx.RESULTS.breakdown, result)
+        converged = solve.residual_norm <= target
+        result = lx.RESULTS.where(converged, lx.RESULTS.successful, result)
+        stats = {"num_steps": solve.num_steps, "residual_norm": solve.residual_norm}
+        return narrow(solve.solution), result, stats
+
+    def transpose(
+        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        """As `lineax.AbstractLinearSolver.transpose`."""
+        # A start for one system is none for its transpose.
+        new_options = {}
+        if "preconditioner" in options:
+            new_options["preconditioner"] = options["preconditioner"].transpose()
+        return state.transpose(), new_options
+
+    def conj(
+        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        """As `lineax.AbstractLinearSolver.conj`."""
+        new_options = dict(options)
+        if "preconditioner" in options:
+            new_options["preconditioner"] = lx.conj(options["preconditioner"])
+        return lx.conj(state), new_options
+
+    def assume_full_rank(self) -> bool:
+        """As `lineax.AbstractLinearSolver.assume_full_rank`."""
+        return True
+
+
+class _Solve(eqx.Module):
+    """The carry of the loop over restart cycles."""
+
+    solution: PyTree[Array]
+    residual_norm: Scalar
+    start_norm: Scalar
+    num_steps: Int[Array, ""]
+    breakdown: Bool[Array, ""]
+    stagnation: Bool[Array, ""]
+    num_cycles: Unfrozen[Int[Array, ""]]
+    basis: Unfrozen[PyTree[Array]]
+
+
+class _Cycle(eqx.Module):
+    """The carry of the loop within a cycle: the Arnoldi basis, and the QR factors.
+
+    The Hessenberg matrix is `rotation.T @ triangle`. Nothing is read past an example's
+    `num_columns`, so that a finished example's basis and factors may go on changing.
+    """
+
+    basis: Unfrozen[PyTree[Array]]
+    rotation: Unfrozen[Float[Array, " rows rows"]]
+    triangle: Unfrozen[Float[Array, " columns columns"]]
+    rhs: Unfrozen[Float[Array, " columns"]]
+    column: Unfrozen[Int[Array, ""]]
+    num_columns: Int[Array, ""]
+    residual_norm: Scalar
+    breakdown: Bool[Array, ""]
+
+
+def _norm(vector: PyTree[Array]) -> Scalar:
+    return jnp.sqrt(tree_dot(vector, vector))
+
+
+def _divide(vector: PyTree[Array], norm: Scalar) -> PyTree[Array]:
+    inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
+    return jtu.tree_map(lambda x: x * inverse, vector)
+
+
+def _start_cycle(
+    residual: PyTree[Array], norm: Scalar, basis: PyTree[Array], restart: int
+) -> _Cycle:
+    return _Cycle(
+        basis=Unfrozen(history_set(basis, 0, _divide(residual, norm))),
+        rotation=Unfrozen(jnp.eye(restart + 1, dtype=norm.dtype)),
+        triangle=Unfrozen(jnp.eye(restart, dtype=norm.dtype)),
+        rhs=Unfrozen(jnp.zeros(restart, norm.dtype)),
+        column=Unfrozen(jnp.array(0)),
+        num_columns=jnp.array(0),
+        residual_norm=norm,
+        breakdown=jnp.array(False),
+    )
+
+
+def _arnoldi_step(
+    product: Callable[[PyTree[Array]], PyTree[Array]], start_norm: Scalar, cycle: _Cycle
+) -> _Cycle:
+    j = cycle.column.value
+    basis = cycle.basis.value
+    newest = jtu.tree_map(
+        lambda rows: lax.dynamic_index_in_dim(rows, j, keepdims=False), basis
+    )
+    image = product(newest)
+    image_norm = _norm(image)
+    image, projections = _orthogonalise(basis, image, j)
+    norm = _norm(image)
+
+    def again():
+        image2, projections2 = _orthogonalise(basis, image, j)
+        return image2, projections + projections2, _norm(image2)
+
+    image, projections, norm = lax.cond(
+        eqxi.unvmap_any(norm < _CANCELLATION * image_norm),
+        again,
+        lambda: (image, projections, norm),
+    )
+
+    # The new column of the Hessenberg matrix, under all rotations so far, and then
+    # under the one that zeroes its last element.
+    rotation = cycle.rotation.value
+    num_rows = rotation.shape[0]
+    column = projections[:num_rows].at[j + 1].set(norm)
+    column = jnp.sum(rotation * column[None, :], axis=1)
+    upper, lower = column[j], column[j + 1]
+    radius = jnp.sqrt(upper**2 + lower**2)
+    safe_radius = jnp.where(radius > 0, radius, 1)
+    cos = jnp.where(radius > 0, upper / safe_radius, 1)
+    sin = jnp.where(radius > 0, lower / safe_radius, 0)
+    row_upper, row_lower = rotation[j], rotation[j + 1]
+    new_upper = cos * row_upper + sin * row_lower
+    new_lower = cos * row_lower - sin * row_upper
+    rotation = rotation.at[j].set(new_upper).at[j + 1].set(new_lower)
+    column = column.at[j].set(radius)
+    columns = jnp.arange(num_rows - 1)
+    column = jnp.where(columns <= j, column[:-1], 0)
+    eps = jnp.finfo(norm.dtype).eps
+    return _Cycle(
+        basis=Unfrozen(history_set(basis, j + 1, _divide(image, norm))),
+        rotation=Unfrozen(rotation),
+        triangle=Unfrozen(cycle.triangle.value.at[:, j].set(column)),
+        rhs=Unfrozen(cycle.rhs.value.at[j].set(start_norm * new_upper[0])),
+        column=Unfrozen(j + 1),
+        num_columns=cycle.num_columns + 1,
+        residual_norm=start_norm * jnp.abs(new_lower[0]),
+        # The Krylov space maps into a smaller one: its best solution is the last
+        # column's, whose residual, unless it is at the target, says why it stopped.
+        breakdown=radius <= eps * image_norm,
+    )
+
+
+def _orthogonalise(
+    basis: PyTree[Array], vector: PyTree[Array], newest: Int[Array, ""]
+) -> tuple[PyTree[Array], Float[Array, " rows"]]:
+    """Block Gram-Schmidt against the basis up to its newest vector."""
+    num_rows = jtu.tree_leaves(basis)[0].shape[0]
+    offsets = jnp.arange(_BLOCK_SIZE)
+
+    def project(i, carry):
+        vector, projections = carry
+        first = i * _BLOCK_SIZE
+        block = jtu.tree_map(
+            lambda rows: lax.dynamic_slice_in_dim(rows, first, _BLOCK_SIZE), basis
+        )
+        inner = jnp.where(first + offsets <= newest, history_dot(block, vector), 0)
+        vector = jtu.tree_map(jnp.subtract, vector, history_combine(inner, block))
+        projections = lax.dynamic_update_slice_in_dim(projections, inner, first, axis=0)
+        return vector, projections
+
+    projections = jnp.zeros(num_rows, working_dtype(vector))
+    num_blocks = newest // _BLOCK_SIZE + 1
+    return lax.fori_loop(0, num_blocks, project, (vector, projections))
+
+
+def _combine_columns(cycle: _Cycle, start_norm: Scalar) -> PyTree[Array]:
+    """The element of the Krylov space with the least residual: back substitution."""
+    triangle = cycle.triangle.value
+    restart = triangle.shape[0]
+    used = jnp.arange(restart) < cycle.num_columns
+    rhs = jnp.where(used, cycle.rhs.value, 0)
+    coefficients = jnp.zeros_like(rhs)
+
+    def substitute(i, coefficients):
+        row = restart - 1 - i
+        value = rhs[row] - jnp.sum(jnp.where(used, triangle[row], 0) * coefficients)
+        pivot = triangle[row, row]
+        usable = used[row] & (pivot != 0)
+        value = jnp.where(usable, value / jnp.where(pivot != 0, pivot, 1), 0)
+        return coefficients.at[row].set(value)
+
+    coefficients = lax.fori_loop(0, restart, substitute, coefficients)
+    rows = jtu.tree_map(lambda x: x[:restart], cycle.basis.value)
+    return history_combine(coefficients, rows)

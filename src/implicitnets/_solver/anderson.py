@@ -1,0 +1,181 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Float, Int, PyTree, Scalar
+
+from .._loop import Unfrozen
+from .._misc import (
+    check_hyperparameter,
+    check_tolerances,
+    history_combine,
+    history_dot,
+    history_set,
+    tree_dot,
+    working_dtype,
+)
+from .progress import Progress, start_progress
+
+
+class _History(eqx.Module):
+    f: PyTree[Array]
+    residual: PyTree[Array]
+    f_differences: PyTree[Array]
+    residual_differences: PyTree[Array]
+    gram: Float[Array, " history history"]
+    projection: Float[Array, " history"]
+
+
+class _AndersonState(eqx.Module):
+    progress: Progress
+    num_steps: Unfrozen[Int[Array, ""]]
+    history: Unfrozen[_History]
+
+
+def solve_gram(
+    gram: Float[Array, " n n"], vector: Float[Array, " n"], ridge: Scalar
+) -> Float[Array, " n"]:
+    """Solve a small symmetric positive semidefinite system, never giving NaN.
+
+    Gauss-Jordan elimination of `(S G S + ridge I) S^-1 x = S v`, where `S` scales the
+    diagonal to one. An entry that depends on the others gets the coefficient zero.
+
+    **Arguments:**
+
+    - `gram`: the matrix; a zero row and column leaves its entry out.
+    - `vector`: the right-hand side.
+    - `ridge`: the regularisation, relative to the scaled diagonal.
+
+    **Returns:**
+
+    The solution.
+    """
+    size = vector.shape[0]
+    diagonal = jnp.diagonal(gram)
+    scale = jnp.where(diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
+    system = scale[:, None] * gram * scale[None, :] + ridge * jnp.eye(
+        size, dtype=gram.dtype
+    )
+    system = jnp.concatenate([system, (scale * vector)[:, None]], axis=1)
+    index = jnp.arange(size)
+    # Arithmetic, not LAPACK: faster for a batch of tiny systems, and it exports.
+    for i in range(size):
+        pivot = system[i, i]
+        usable = pivot > 0.5 * ridge
+        row = jnp.where(usable, system[i] / jnp.where(usable, pivot, 1), 0)
+        system = jnp.where(
+            (index == i)[:, None], row[None, :], system - system[:, i, None] * row
+        )
+    return scale * system[:, -1]
+
+
+class AndersonAcceleration(optx.AbstractFixedPointSolver):
+    """Anderson acceleration of a fixed-point iteration, type II.
+    """
+
+    rtol: float
+    atol: float
+    norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
+    history_size: int = 5
+    ridge: float = 1e-7
+    damping: float = 0.0
+
+    def __check_init__(self):
+        check_tolerances(self)
+        check_hyperparameter(
+            self,
+            "history_size",
+            isinstance(self.history_size, int) and self.history_size >= 1,
+            "an integer of at least 1",
+        )
+        if isinstance(self.ridge, int | float):
+            check_hyperparameter(self, "ridge", self.ridge > 0, "positive")
+        if isinstance(self.damping, int | float):
+            check_hyperparameter(
+                self, "damping", -1 <= self.damping < 1, "in the interval [-1, 1)"
+            )
+
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+        del fn, args, options, f_struct, aux_struct, tags
+        m = self.history_size
+        dtype = working_dtype(y)
+        zeros = jtu.tree_map(jnp.zeros_like, y)
+        empty = jtu.tree_map(lambda x: jnp.zeros((m, *x.shape), x.dtype), y)
+        history = _History(
+            f=zeros,
+            residual=zeros,
+            f_differences=empty,
+            residual_differences=empty,
+            gram=jnp.zeros((m, m), dtype),
+            projection=jnp.zeros(m, dtype),
+        )
+        return _AndersonState(
+            progress=start_progress(y),
+            num_steps=Unfrozen(jnp.array(0)),
+            history=Unfrozen(history),
+        )
+
+    def step(self, fn, y, args, options, state, tags):
+        del options, tags
+        f, aux = fn(y, args)
+        residual = jtu.tree_map(jnp.subtract, f, y)
+        progress = state.progress.update(
+            y, f, residual, rtol=self.rtol, atol=self.atol, norm=self.norm
+        )
+        k = state.num_steps.value
+        history = self._remember(state.history.value, k, f, residual)
+        new_y = self._extrapolate(history, k, f, residual)
+        new_state = _AndersonState(
+            progress=progress, num_steps=Unfrozen(k + 1), history=Unfrozen(history)
+        )
+        return new_y, new_state, aux
+
+    def _remember(self, history, k, f, residual):
+        slot = (k - 1) % self.history_size
+        f_difference = jtu.tree_map(jnp.subtract, f, history.f)
+        residual_difference = jtu.tree_map(jnp.subtract, residual, history.residual)
+        residual_differences = history_set(
+            history.residual_differences, slot, residual_difference
+        )
+        projection = history_dot(residual_differences, residual)
+        # <dr_j, dr_new> from the projections of two steps: no second pass.
+        row = projection - history.projection
+        row = row.at[slot].set(tree_dot(residual_difference, residual_difference))
+        gram = history.gram.at[slot, :].set(row).at[:, slot].set(row)
+        return _History(
+            f=f,
+            residual=residual,
+            f_differences=history_set(history.f_differences, slot, f_difference),
+            residual_differences=residual_differences,
+            gram=gram,
+            projection=projection,
+        )
+
+    def _extrapolate(self, history, k, f, residual):
+        dtype = history.gram.dtype
+        stored = (jnp.arange(self.history_size) < k).astype(dtype)
+        gamma = solve_gram(
+            history.gram * stored[:, None] * stored[None, :],
+            history.projection * stored,
+            jnp.asarray(self.ridge, dtype),
+        )
+        correction = history_combine(gamma, history.f_differences)
+        if isinstance(self.damping, int | float) and self.damping == 0:
+            return jtu.tree_map(lambda a, c: (a - c).astype(a.dtype), f, correction)
+        damping = jnp.asarray(self.damping, dtype)
+        remainder = history_combine(gamma, history.residual_differences)
+        return jtu.tree_map(
+            lambda a, c, r, q: (a - c - damping * (r - q)).astype(a.dtype),
+            f, correction, residual, remainder,
+        )
+
+    def terminate(self, fn, y, args, options, state, tags):
+        del fn, y, args, options, tags
+        return state.progress.verdict()
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+        del fn, y, args, options, tags, result
+        return state.progress.best_y, aux, {"nfe": state.progress.num_evaluations}

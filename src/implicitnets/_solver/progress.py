@@ -1,0 +1,142 @@
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
+
+from .._misc import tree_all_finite, working_dtype
+
+
+_Y = TypeVar("_Y", bound=PyTree[Array])
+
+# How many times the first residual, or the first `f(z)` if that is larger, a residual
+# may reach before the solve counts as diverged. Anderson and Broyden recover from
+# excursions of one or two orders of magnitude; a solve that is three off does not.
+DIVERGENCE_FACTOR = 1e3
+
+
+class Progress(eqx.Module, Generic[_Y]):
+    """What every solver of ours keeps: its best evaluated iterate, and its verdict.
+
+    The stopping rule is `norm(f(z) - z) <= atol + rtol * norm(f(z))`. Iterates are
+    ranked by the residual norm in units of the right-hand side, so that the one for
+    which the rule holds is the best one.
+
+    **Attributes:**
+
+    - `best_y`: the best iterate evaluated so far; never one with a non-finite residual.
+    - `best_error`: its residual norm in units of the tolerance's scale.
+    - `error`: that of the newest evaluation.
+    - `divergence_bound`: the residual norm from which the solve counts as diverged.
+    - `converged`, `diverged`, `finite`: the verdict on the newest evaluation.
+    - `num_evaluations`: how many evaluations there were.
+    """
+
+    best_y: _Y
+    best_error: Scalar
+    error: Scalar
+    divergence_bound: Scalar
+    converged: Bool[Array, ""]
+    diverged: Bool[Array, ""]
+    finite: Bool[Array, ""]
+    num_evaluations: Int[Array, ""]
+
+    def update(
+        self,
+        y: _Y,
+        f: _Y,
+        residual: _Y,
+        *,
+        rtol: ScalarLike,
+        atol: ScalarLike,
+        norm: Callable[[PyTree[Array]], Scalar],
+    ) -> "Progress[_Y]":
+        """Judge one evaluation.
+
+        **Arguments:**
+
+        - `y`: the iterate that was evaluated.
+        - `f`: the map's value there.
+        - `residual`: `f - y`.
+        - `rtol`, `atol`, `norm`: of the stopping rule.
+
+        **Returns:**
+
+        The progress with this evaluation taken into account.
+        """
+        dtype = self.error.dtype
+        rtol = jnp.asarray(rtol, dtype)
+        atol = jnp.asarray(atol, dtype)
+        residual_norm = norm(residual).astype(dtype)
+        f_norm = norm(f).astype(dtype)
+        tolerance = atol + rtol
+        # In these units the rule reads `error <= atol + rtol`, and the error is the
+        # relative residual if `atol = 0`, the absolute one if `rtol = 0` or if both are
+        # (a solve for all of `max_steps`).
+        unit = jnp.where(
+            tolerance > 0,
+            (atol + rtol * f_norm) / jnp.where(tolerance > 0, tolerance, 1),
+            1,
+        )
+        error = jnp.where(residual_norm == 0, 0, residual_norm / unit)
+        bound = jnp.where(
+            jnp.isinf(self.divergence_bound),
+            DIVERGENCE_FACTOR * jnp.maximum(residual_norm, f_norm),
+            self.divergence_bound,
+        )
+        better = error < self.best_error
+        return Progress(
+            best_y=jtu.tree_map(
+                lambda new, old: jnp.where(better, new, old), y, self.best_y
+            ),
+            best_error=jnp.where(better, error, self.best_error),
+            error=error,
+            divergence_bound=bound,
+            converged=error <= tolerance,
+            diverged=residual_norm > bound,
+            finite=tree_all_finite(f),
+            num_evaluations=self.num_evaluations + 1,
+        )
+
+    def verdict(self) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        """Whether to stop, and why: as `terminate` of an Optimistix solver returns it.
+
+        **Returns:**
+
+        A pair: true once the rule holds; `nonfinite`, `nonlinear_divergence` (either of
+        which ends the solve) or `successful`.
+        """
+        result = optx.RESULTS.where(
+            self.diverged,
+            optx.RESULTS.nonlinear_divergence,
+            optx.RESULTS.successful,
+        )
+        result = optx.RESULTS.where(self.finite, result, optx.RESULTS.nonfinite)
+        return self.converged & self.finite, result
+
+
+def start_progress(y: _Y) -> Progress[_Y]:
+    """The progress of a solve that has evaluated nothing yet.
+
+    **Arguments:**
+
+    - `y`: the initial guess.
+
+    **Returns:**
+
+    A progress whose best iterate is the initial guess.
+    """
+    infinity = jnp.array(jnp.inf, working_dtype(y))
+    return Progress(
+        best_y=y,
+        best_error=infinity,
+        error=infinity,
+        divergence_bound=infinity,
+        converged=jnp.array(False),
+        diverged=jnp.array(False),
+        finite=jnp.array(True),
+        num_evaluations=jnp.array(0),
+    )
