@@ -1,56 +1,55 @@
-"""Convolutions that run at full speed inside a loop on CPU.
+"""Convolutions at full speed inside a loop on CPU.
 
-XLA on CPU brings a convolution into the channels-last form of its fast kernel only in
-the entry computation. In the body of a `while_loop` or a `scan` any other form falls to
-a naive loop nest, 20 to 45 times slower: https://github.com/jax-ml/jax/issues/12868.
-That is where an implicit layer spends its time, in the solve and, with the transposed
-convolution, in the adjoint.
+XLA on CPU brings a convolution into the channels-last form of its fast kernel in the
+entry computation only. In the body of a `while_loop` or a `scan` any other form falls
+to a naive loop nest, 20 to 45 times slower (https://github.com/jax-ml/jax/issues/12868).
+That is where an implicit layer spends its time: in its solve, and with the transposed
+convolution in its adjoint.
 
-So here is a second convolution primitive. It is `jax.lax.conv_general_dilated` in all
-but its lowering on CPU, which brings it into that form with explicit transposes of its
-operands and its output. A primitive, and not another way to write the convolution,
-because the platform is known only when lowering, and because the transpose of a
-channels-last convolution is not channels-last: it must be brought into the form anew.
+So here is a second convolution primitive: `jax.lax.conv_general_dilated` in everything
+but its lowering for CPU, which transposes operands and output to and from that form. It
+is a primitive because the platform is not known before lowering, and because the
+transpose of a channels-last convolution has another form and is to be brought into this
+one again.
 """
 
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.extend.core as jec
+import jax.extend.core.primitives as primitives
 import jax.interpreters.ad as ad
 import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.lax as lax
 import jax.tree_util as jtu
 import numpy as np
-from jax.extend.core import primitives
 
 
-_Params = ParamSpec("_Params")
 _Out = TypeVar("_Out")
 
 
-def fast_convolutions(fn: Callable[_Params, _Out]) -> Callable[_Params, _Out]:
-    """The same function, whose convolutions run at full speed in a loop on CPU.
+def fast_convolutions(fn: Callable[..., _Out]) -> Callable[..., _Out]:
+    """The same function, with convolutions that run at full speed in a loop on CPU.
 
-    The function is traced, and evaluated with every convolution replaced, also those
-    within `jax.jit`, `jax.checkpoint`, `lax.scan` and the like. Nothing else about the
-    program changes, nothing at all if there is no convolution, and no lowered program
-    for another platform. The convolutions within the derivative rules of
-    `jax.custom_jvp` and `jax.custom_vjp` stay as they are.
+    The function is traced, and what it computes is evaluated with each convolution
+    replaced by one that is lowered differently for CPU, also within `jax.jit`,
+    `jax.checkpoint`, `lax.scan` and the like. Nothing else changes, and nothing at all
+    in a function without convolutions. Convolutions in the derivative rules that a
+    `jax.custom_jvp` or `jax.custom_vjp` in it brings along are left as they are.
 
     **Arguments:**
 
-    - `fn`: a function of any pytrees, which may close over tracers.
+    - `fn`: a function of any pytrees. It may close over tracers.
 
     **Returns:**
 
     A function of the same arguments.
     """
 
-    def fast_fn(*args: _Params.args, **kwargs: _Params.kwargs) -> _Out:
+    def fast_fn(*args, **kwargs):
         dynamic, static = eqx.partition((args, kwargs), eqx.is_array)
 
         def dynamic_fn(dynamic):
@@ -59,13 +58,14 @@ def fast_convolutions(fn: Callable[_Params, _Out]) -> Callable[_Params, _Out]:
 
         jaxpr, out_struct, out_static = eqx.filter_make_jaxpr(dynamic_fn)(dynamic)
         out = jec.jaxpr_as_fun(_replace(jaxpr))(*jtu.tree_leaves(dynamic))
-        return eqx.combine(jtu.tree_unflatten(jtu.tree_structure(out_struct), out), out_static)
+        out = jtu.tree_unflatten(jtu.tree_structure(out_struct), out)
+        return eqx.combine(out, out_static)
 
     return fast_fn
 
 
-# These do nothing with their jaxprs but call them, differentiate them and so on. Others
-# may read them, as a Pallas kernel does.
+# Those that do with a jaxpr what JAX does with any. Others may look into it: a Pallas
+# kernel has lowerings of its own.
 _CALLS = (
     primitives.cond_p,
     primitives.custom_jvp_call_p,
@@ -79,11 +79,8 @@ _CALLS = (
 
 
 def _replace(param: Any) -> Any:
-    """Replaces the convolutions in a jaxpr, or in the jaxprs of a tuple of them.
-
-    The very same object comes back if there are none, so that whatever JAX has cached
-    for a jaxpr without a convolution is used.
-    """
+    # A jaxpr without convolutions comes back as the very same object, so that what JAX
+    # has cached for it is found.
     if isinstance(param, jec.Jaxpr):
         eqns = [_replace_in_equation(eqn) for eqn in param.eqns]
         return param if _same(eqns, param.eqns) else param.replace(eqns=eqns)
@@ -91,9 +88,10 @@ def _replace(param: Any) -> Any:
         jaxpr = _replace(param.jaxpr)
         return param if jaxpr is param.jaxpr else param.replace(jaxpr=jaxpr)
     if isinstance(param, tuple):
-        # Not `tuple(...)`, as it may be a named one.
-        new = jtu.tree_map(_replace, param, is_leaf=lambda x: x is not param)
-        return param if _same(new, param) else new
+        items = [_replace(item) for item in param]
+        if _same(items, param):
+            return param
+        return type(param)(*items) if hasattr(param, "_fields") else tuple(items)
     return param
 
 
@@ -107,11 +105,11 @@ def _replace_in_equation(eqn: jec.JaxprEqn) -> jec.JaxprEqn:
     return eqn
 
 
-def _same(new, old) -> bool:
+def _same(new: Iterable, old: Iterable) -> bool:
     return all(x is y for x, y in zip(new, old, strict=True))
 
 
-# Every rule but the lowering on CPU is that of `lax`, its convolutions replaced in turn.
+# The rules are those of `lax`, with the convolutions in their results replaced in turn.
 convolution_p = jec.Primitive("convolution")
 _lax_convolution = primitives.conv_general_dilated_p.bind
 
@@ -122,43 +120,41 @@ def _abstract_eval(lhs, rhs, **params):
 
 
 def _transpose_lhs(ct, lhs, rhs, **params):
-    conv = lambda lhs: _lax_convolution(lhs, rhs, **params)
-    (ct_lhs,) = fast_convolutions(jax.linear_transpose(conv, lhs.aval))(ct)
-    return ct_lhs
+    return _transpose(lambda x: _lax_convolution(x, rhs, **params), lhs.aval, ct)
 
 
 def _transpose_rhs(ct, lhs, rhs, **params):
-    conv = lambda rhs: _lax_convolution(lhs, rhs, **params)
-    (ct_rhs,) = fast_convolutions(jax.linear_transpose(conv, rhs.aval))(ct)
-    return ct_rhs
+    return _transpose(lambda x: _lax_convolution(lhs, x, **params), rhs.aval, ct)
 
 
-def _batch(args, axes, **params):
-    conv = lambda lhs, rhs: _lax_convolution(lhs, rhs, **params)
-    return fast_convolutions(jax.vmap(conv, in_axes=axes))(*args), 0
+def _transpose(linear_fn, aval, ct):
+    (ct_in,) = fast_convolutions(jax.linear_transpose(linear_fn, aval))(ct)
+    return ct_in
 
 
-def _channels_last(lhs, rhs, *, dimension_numbers, **params):
+def _batch(axis_data, args, axes, **params):
+    rule = batching.fancy_primitive_batchers[primitives.conv_general_dilated_p]
+    return fast_convolutions(rule)(axis_data, args, axes, **params)
+
+
+def _lower_for_cpu(lhs, rhs, *, dimension_numbers, **params):
     n, c, *lhs_space = dimension_numbers.lhs_spec
     o, i, *rhs_space = dimension_numbers.rhs_spec
     groups = params["feature_group_count"]
-    # Against the naive loop nest the fast kernel wins by a factor of 3 at 8 features in
-    # and out, of 40 at 32, and loses at 4, in particular if there are many groups. It
-    # has no batch groups.
-    features = rhs.shape[i] * rhs.shape[o] // groups
-    if features < 32 or params["batch_group_count"] > 1:
-        return _lax_convolution(
-            lhs, rhs, dimension_numbers=dimension_numbers, **params
-        )
-    lhs = lax.transpose(lhs, (n, *lhs_space, c))
-    rhs = lax.transpose(rhs, (*rhs_space, i, o))
+    group_size = rhs.shape[i] * rhs.shape[o] // groups
+    # The fast kernel takes one group after the other, so that the naive loop nest wins
+    # if they are small: by 4 to 10 in a depthwise convolution, by 1 to 2 with 4
+    # features in and out; with 8 it loses by 3. Groups of the batch it does not take.
+    unsuited = params["batch_group_count"] > 1 or (groups > 1 and group_size < 32)
+    # A sharding refers to the axes in their given order.
+    if unsuited or params["out_sharding"] is not None:
+        return _lax_convolution(lhs, rhs, dimension_numbers=dimension_numbers, **params)
     last = lhs.ndim - 1
-    space = tuple(range(1, last))
-    data_spec = (0, last, *space)
+    data_spec = (0, last, *range(1, last))
     kernel_spec = (last, last - 1, *range(last - 1))
     out = _lax_convolution(
-        lhs,
-        rhs,
+        lax.transpose(lhs, (n, *lhs_space, c)),
+        lax.transpose(rhs, (*rhs_space, i, o)),
         dimension_numbers=lax.ConvDimensionNumbers(data_spec, kernel_spec, data_spec),
         **params,
     )
@@ -169,12 +165,12 @@ def _channels_last(lhs, rhs, *, dimension_numbers, **params):
 convolution_p.def_impl(_lax_convolution)
 convolution_p.def_abstract_eval(_abstract_eval)
 ad.defbilinear(convolution_p, _transpose_lhs, _transpose_rhs)
-batching.primitive_batchers[convolution_p] = _batch
+batching.fancy_primitive_batchers[convolution_p] = _batch
 mlir.register_lowering(
     convolution_p, mlir.lower_fun(_lax_convolution, multiple_results=False)
 )
 mlir.register_lowering(
     convolution_p,
-    mlir.lower_fun(_channels_last, multiple_results=False),
+    mlir.lower_fun(_lower_for_cpu, multiple_results=False),
     platform="cpu",
 )

@@ -24,11 +24,12 @@ from ._solver.steady_state import SteadyState
 
 _Model = TypeVar("_Model", bound=PyTree)
 
+_MINIMISING_SOLVERS = (optx.AbstractLeastSquaresSolver, optx.AbstractMinimiser)
+
 _OPTIMISTIX_SOLVERS = (
     optx.AbstractFixedPointSolver,
     optx.AbstractRootFinder,
-    optx.AbstractLeastSquaresSolver,
-    optx.AbstractMinimiser,
+    *_MINIMISING_SOLVERS,
 )
 
 
@@ -162,13 +163,16 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         )
 
     def _find(self, z0, arguments):
+        adjoint = self.adjoint
+        if isinstance(self.solver, _MINIMISING_SOLVERS):
+            adjoint = _ResidualAdjoint(adjoint)
         solution = optx.fixed_point(
             _call_cell,
             self.solver,
             z0,
             arguments,
             max_steps=self.max_steps,
-            adjoint=self.adjoint,
+            adjoint=adjoint,
             throw=False,
         )
         stats = {k: v for k, v in solution.stats.items() if k != "max_steps"}
@@ -342,6 +346,25 @@ def _takes_key(cell: Callable) -> bool:
 
 def _residual(z, arguments):
     return jtu.tree_map(jnp.subtract, _call_cell(z, arguments), z)
+
+
+class _ResidualAdjoint(optx.AbstractAdjoint):
+    """Differentiates a minimisation of the residual as the root that it finds.
+
+    Optimistix differentiates `grad(norm(f(z) - z)) = 0`, which has no derivative at a
+    root (https://github.com/patrick-kidger/optimistix/issues/218, in version 0.1.0).
+    """
+
+    adjoint: optx.AbstractAdjoint
+
+    def apply(self, primal_fn, rewrite_fn, inputs, tags):
+        del rewrite_fn, tags
+        return self.adjoint.apply(primal_fn, _rewrite_residual, inputs, frozenset())
+
+
+def _rewrite_residual(z_star, _, inputs):
+    _, _, _, arguments, *_ = inputs
+    return _residual(z_star, arguments)
 
 
 def _check_state(z: PyTree[Array], new_z: PyTree[jax.ShapeDtypeStruct]) -> None:

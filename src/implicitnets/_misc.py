@@ -59,7 +59,7 @@ def history_dot(
     # Multiply and sum, not `dot`: XLA on CPU fuses it into one parallel loop, where a
     # batched matrix-vector product becomes a serial loop over the batch.
     def dot(entries, x):
-        products = entries.astype(dtype) * x.astype(dtype)
+        products = entries.astype(dtype) * x.astype(dtype)[None]
         return jnp.sum(products, axis=tuple(range(1, entries.ndim)))
 
     return sum(jtu.tree_leaves(jtu.tree_map(dot, history, vector)))

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Scalar
 
 from .._linear_solver.gmres import GivensGMRES
 from .._loop import while_loop
@@ -101,7 +100,7 @@ def _solve(
             structure = jax.eval_shape(lambda: b)
             operator = lx.FunctionLinearOperator(matvec, structure, tags)
             solution = lx.linear_solve(operator, b, linear_solver, throw=False)
-            return _rescale(solution.value, scale)
+            return _scale_by(solution.value, scale)
 
         return solve
 
@@ -113,20 +112,20 @@ def _solve(
     )
 
 
-def _normalise(vector: PyTree[Array]) -> tuple[PyTree[Array], Any]:
+def _normalise(vector: PyTree[Array]) -> tuple[PyTree[Array], Scalar]:
     dtype = working_dtype(vector)
     # The largest element first, so that a tiny vector's squares do not underflow.
     largest = jnp.stack(
         [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jtu.tree_leaves(vector)]
     ).max()
     largest = jnp.where(largest > 0, largest, 1)
-    vector = jtu.tree_map(lambda x: (x / largest).astype(x.dtype), vector)
+    vector = _scale_by(vector, 1 / largest)
     length = jnp.sqrt(tree_dot(vector, vector))
     length = jnp.where(length > 0, length, 1)
-    vector = jtu.tree_map(lambda x: (x / length).astype(x.dtype), vector)
-    return vector, (largest, length)
+    return _scale_by(vector, 1 / length), length * largest
 
 
-def _rescale(vector: PyTree[Array], scale: Any) -> PyTree[Array]:
-    largest, length = scale
-    return jtu.tree_map(lambda x: (x * length * largest).astype(x.dtype), vector)
+def _scale_by(vector: PyTree[Array], factor: Scalar) -> PyTree[Array]:
+    return jtu.tree_map(
+        lambda x: (x.astype(factor.dtype) * factor).astype(x.dtype), vector
+    )

@@ -9,7 +9,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
 from .._loop import Unfrozen, while_loop
 from .._misc import (
@@ -67,8 +67,8 @@ class GivensGMRES(lx.AbstractLinearSolver):
     - `restart`: the dimension of the Krylov space, in memory `restart + 1` vectors.
     """
 
-    rtol: float
-    atol: float
+    rtol: ScalarLike
+    atol: ScalarLike
     max_steps: int | None = 500
     restart: int = 20
 

@@ -5,7 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PyTree, Scalar, ScalarLike
 
 from .._loop import Unfrozen
 from .._misc import (
@@ -67,21 +67,54 @@ def solve_gram(
         usable = pivot > 0.5 * ridge
         row = jnp.where(usable, system[i] / jnp.where(usable, pivot, 1), 0)
         system = jnp.where(
-            (index == i)[:, None], row[None, :], system - system[:, i, None] * row
+            (index == i)[:, None], row[None, :], system - system[:, i, None] * row[None, :]
         )
     return scale * system[:, -1]
 
 
 class AndersonAcceleration(optx.AbstractFixedPointSolver):
-    """Anderson acceleration of a fixed-point iteration, type II.
+    r"""Anderson acceleration of a fixed-point iteration, type II.
+
+    Combines the last evaluations so that the residual of a linear map would be least:
+    with the differences $\Delta f$ and $\Delta r$ between consecutive evaluations and
+    residuals $r = f(z) - z$,
+
+    $$\gamma = \operatorname{argmin} \lVert r_k - \Delta r \, \gamma \rVert, \qquad
+    z_{k+1} = f(z_k) - \Delta f \, \gamma.$$
+
+    (Walker and Ni, *Anderson Acceleration for Fixed-Point Iterations*, 2011, equation
+    2.2.) One evaluation a step; accelerates from the second step on; one inner product
+    with each vector of the history a step, since the Gram matrix is kept.
+
+    Stops when `norm(f(z) - z) <= atol + rtol * norm(f(z))`, and returns the iterate
+    with the least residual of all that were evaluated. The statistics have `nfe`, the
+    number of evaluations.
+
+    In this difference form a history that has become linearly dependent is left out,
+    and the step falls back to the plain iteration's; the form with coefficients that
+    sum to one falls back to the average of the history instead, which is slower.
+
+    **Arguments:**
+
+    - `rtol`: relative tolerance.
+    - `atol`: absolute tolerance.
+    - `norm`: the norm of the stopping rule; of the whole state, not element by element.
+    - `history_size`: how many differences are kept, at two states of memory each. More
+        converges in fewer steps, each of which costs more: worth it when evaluating the
+        map is expensive.
+    - `ridge`: the regularisation of the least-squares problem, relative to the diagonal
+        of its Gram matrix after that is scaled to one (so to its trace over its size),
+        whence a problem scaled by any factor takes the same steps.
+    - `damping`: the weight of the combined states against that of their values: 0 for
+        none, negative to extrapolate. Other libraries' `beta` is `1 - damping`.
     """
 
-    rtol: float
-    atol: float
+    rtol: ScalarLike
+    atol: ScalarLike
     norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
     history_size: int = 5
-    ridge: float = 1e-7
-    damping: float = 0.0
+    ridge: ScalarLike = 1e-7
+    damping: ScalarLike = 0.0
 
     def __check_init__(self):
         check_tolerances(self)
@@ -164,13 +197,17 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
         )
         correction = history_combine(gamma, history.f_differences)
         if isinstance(self.damping, int | float) and self.damping == 0:
-            return jtu.tree_map(lambda a, c: (a - c).astype(a.dtype), f, correction)
+            return jtu.tree_map(
+                lambda a, c: (a.astype(dtype) - c).astype(a.dtype), f, correction
+            )
         damping = jnp.asarray(self.damping, dtype)
         remainder = history_combine(gamma, history.residual_differences)
-        return jtu.tree_map(
-            lambda a, c, r, q: (a - c - damping * (r - q)).astype(a.dtype),
-            f, correction, residual, remainder,
-        )
+
+        def mix(a, c, r, q):
+            mixed = a.astype(dtype) - c - damping * (r.astype(dtype) - q)
+            return mixed.astype(a.dtype)
+
+        return jtu.tree_map(mix, f, correction, residual, remainder)
 
     def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags

@@ -1,89 +1,117 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_origin
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from .._loop import Unfrozen
 from .._misc import (
     check_hyperparameter,
     check_tolerances,
     tree_all_finite,
     working_dtype,
 )
+from .adams import VCABM3
 from .progress import Progress, start_progress
 from .pseudo_transient import PseudoTransient
 
 
-class _SteadyStateState(eqx.Module):
-    progress: Progress
+# A step over which the residual grows by more than this is one that has left the region
+# of stability, whatever its error estimate says. Far above what the flow of a
+# non-normal system grows by for a while, which is less than twofold a step.
+_EXPLOSION = 10.0
+
+
+class _Integration(eqx.Module):
     field: PyTree[Array]
-    start: Scalar
-    end: Scalar
     solver_state: PyTree
     controller_state: PyTree
-    failed: Array
+
+
+class _SteadyStateState(eqx.Module):
+    progress: Progress
+    start: Scalar
+    end: Scalar
+    stuck: Bool[Array, ""]
     num_accepted_steps: Int[Array, ""]
     num_rejected_steps: Int[Array, ""]
-
-
-def _cast(tree: PyTree[Array], dtype: Any) -> PyTree[Array]:
-    return jtu.tree_map(lambda x: x.astype(dtype), tree)
-
-
-def _cast_like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
-    return jtu.tree_map(lambda x, y: x.astype(y.dtype), tree, like)
-
-
-def _as_arrays(tree: PyTree) -> PyTree:
-    # What a loop carries must be arrays, while Diffrax' solvers and controllers also
-    # keep Python Booleans.
-    return jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, tree)
-
-
-def _where(pred: Array, new: PyTree, old: PyTree) -> PyTree:
-    return jtu.tree_map(
-        lambda n, o: jnp.where(pred, n, o) if eqx.is_array(n) else n, new, old
-    )
-
-
-def _tableau(solver: dfx.AbstractSolver) -> dfx.ButcherTableau | None:
-    # `issubclass`, as `isinstance` also holds for what wraps a Runge-Kutta method.
-    if issubclass(type(solver), dfx.AbstractRungeKutta):
-        tableau = solver.tableau
-        if isinstance(tableau, dfx.ButcherTableau):
-            return tableau
-    return None
+    integration: Unfrozen[_Integration]
 
 
 class SteadyState(optx.AbstractRootFinder):
-    """The steady state of `dz/dt = F(z)` as a root finder, by any Diffrax solver."""
+    """Follows `dz/dt = F(z)` to its steady state: any Diffrax solver as a root finder.
+
+    For a fixed point of `f` that is `dz/dt = f(z) - z`. Each step is one attempted step
+    of the ODE solver under the step-size controller.
+
+    Stops once `norm(F(z)) <= atol + rtol * norm(f(z))`, where `f(z) = F(z) + z`, at an
+    iterate that was evaluated, and returns the best such iterate. The residual at the
+    end of a step is the stage that the solver has there (first-same-as-last explicit
+    Runge-Kutta methods and [`implicitnets.VCABM3`][]) or one more evaluation.
+
+    The flow converges if every eigenvalue of the Jacobian of `F` has a negative real
+    part; for a fixed point, every eigenvalue of the Jacobian of `f` a real part below
+    one, which is a weaker condition than that of fixed-point iteration.
+
+    A step is rejected where it gives values that are not finite, or a residual more
+    than ten times that at its start. If the step size comes down to nothing, so that
+    the tolerance seems out of reach, the result is `stagnation`.
+
+    The statistics are `num_accepted_steps`, `num_rejected_steps`, `final_time` and, for
+    the explicit Runge-Kutta methods, `diffrax.Euler` and [`implicitnets.VCABM3`][],
+    `nfe`, the evaluations of the function. How many an implicit solver's inner solves
+    take is not known.
+
+    An implicit solver factorises the Jacobian, a dense matrix of the size of the state,
+    in every step (with Diffrax' default root finder, whose tolerances are set here to a
+    fraction of the current residual unless you have set them). That takes very few
+    steps, at a cost that only a small state is worth.
+
+    **Arguments:**
+
+    - `ode_solver`: any Diffrax solver of ordinary differential equations.
+    - `rtol`, `atol`: the tolerances of the stopping rule.
+    - `norm`: the norm of the stopping rule.
+    - `stepsize_controller`: any Diffrax step-size controller. The default is
+        [`implicitnets.PseudoTransient`][], for an implicit solver with its step size
+        not bounded by the error. With tolerances of its own, as
+        `diffrax.PIDController` has, a controller has to follow the path more closely
+        than `rtol` and `atol` for the residual to reach these.
+    - `dt0`: the size of the first step. The time scale of `f(z) - z` is 1.
+    """
 
     ode_solver: dfx.AbstractSolver
     rtol: float = 1e-4
     atol: float = 1e-6
     norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
-    stepsize_controller: dfx.AbstractStepSizeController = PseudoTransient()
+    stepsize_controller: dfx.AbstractStepSizeController | None = None
     dt0: float = 1.0
 
     def __check_init__(self):
         check_tolerances(self)
         if isinstance(self.dt0, int | float):
             check_hyperparameter(self, "dt0", self.dt0 > 0, "positive")
+        structure = getattr(self.ode_solver, "term_structure", None)
+        structure = get_origin(structure) or structure
+        check_hyperparameter(
+            self,
+            "ode_solver",
+            isinstance(structure, type) and issubclass(dfx.ODETerm, structure),
+            "a Diffrax solver for a single `ODETerm`",
+        )
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del options, f_struct, aux_struct, tags
         dtype = working_dtype(y)
         z = _cast(y, dtype)
-        field = _vector_field(fn, y)(0.0, z, args)
-        terms = dfx.ODETerm(_vector_field(fn, y, z, field))
-        controller = self.stepsize_controller.wrap(1)
+        field = _vector_field(fn, y)(None, z, args)
+        terms = dfx.ODETerm(_vector_field(fn, y, known=(z, field)))
         start = jnp.zeros((), dtype)
-        end, controller_state = controller.init(
+        end, controller_state = self._controller().init(
             terms,
             start,
             jnp.array(jnp.inf, dtype),
@@ -96,99 +124,110 @@ class SteadyState(optx.AbstractRootFinder):
         solver_state = self.ode_solver.init(terms, start, end, z, args)
         return _SteadyStateState(
             progress=self._judge(start_progress(y), y, field),
-            field=field,
             start=start,
             end=end,
-            solver_state=_as_arrays(self._hand_over(solver_state, field)),
-            controller_state=_as_arrays(controller_state),
-            failed=jnp.array(False),
+            stuck=jnp.array(False),
             num_accepted_steps=jnp.array(0),
             num_rejected_steps=jnp.array(0),
+            integration=Unfrozen(
+                _Integration(
+                    field=field,
+                    solver_state=_as_arrays(_remember(self.ode_solver, solver_state, field)),
+                    controller_state=_as_arrays(controller_state),
+                )
+            ),
         )
 
     def step(self, fn, y, args, options, state, tags):
         del options, tags
-        z0 = _cast(y, working_dtype(y))
-        terms = dfx.ODETerm(_vector_field(fn, y, z0, state.field))
-        solver = self._with_inner_tolerances(terms, state)
-        z1, error, _, solver_state, result = solver.step(
-            terms, state.start, state.end, z0, args, state.solver_state, False
+        integration = state.integration.value
+        z0 = _cast(y, state.start.dtype)
+        f0 = integration.field
+        terms = dfx.ODETerm(_vector_field(fn, y, known=(z0, f0)))
+
+        # The problem is autonomous: it has no jumps.
+        z1, error, _, solver_state, solver_result = self._inner_solver(state).step(
+            terms, state.start, state.end, z0, args, integration.solver_state, False
         )
         new_y = _cast_like(z1, y)
-        field = self._end_field(fn, new_y, z1, args, solver_state)
+        f1 = _recall(self.ode_solver, solver_state)
+        if f1 is None:
+            f1 = _vector_field(fn, y)(None, z1, args)
+        order = self.ode_solver.error_order(terms)
         if error is None:
-            # The difference to the trapezoidal rule.
-            dt = state.end - state.start
-            error = jtu.tree_map(
-                lambda a, b, f0, f1: a + 0.5 * dt * (f0 + f1) - b,
-                z0, z1, state.field, field,
-            )
+            error = _trapezoidal_error(z0, z1, f0, f1, state.end - state.start)
+            order = 2
         usable = (
-            (result == dfx.RESULTS.successful)
-            & tree_all_finite(field)
-            & tree_all_finite(error)
+            (solver_result == dfx.RESULTS.successful)
+            & tree_all_finite((f1, error))
+            & (self.norm(f1) <= _EXPLOSION * self.norm(f0))
         )
-        error = jtu.tree_map(lambda e: jnp.where(usable, e, jnp.inf), error)
-        controller = self.stepsize_controller.wrap(1)
-        if isinstance(controller, PseudoTransient):
-            adapt = lambda *a: controller.adapt_to_field(state.field, field, *a)
-        else:
-            adapt = controller.adapt_step_size
-        keep, start, end, _, controller_state, control_result = adapt(
-            state.start,
-            state.end,
-            z0,
-            z1,
-            args,
-            error,
-            self.ode_solver.error_order(terms),
-            state.controller_state,
+        error = jtu.tree_map(lambda x: jnp.where(usable, x, jnp.inf), error)
+
+        keep, start, end, _, controller_state, result = (
+            self._controller().adapt_step_size(
+                state.start,
+                state.end,
+                z0,
+                z1,
+                args,
+                error,
+                order,
+                integration.controller_state,
+            )
         )
         keep = jnp.asarray(keep)
-        start = jnp.asarray(start, state.start.dtype)
-        end = jnp.asarray(end, state.end.dtype)
-        judged = self._judge(state.progress, new_y, field)
-        improved = keep | (judged.error < state.progress.best_error)
-        _, aux = jax.eval_shape(fn, y, args)
+        dt_min = jnp.finfo(start.dtype).eps * jnp.asarray(self.dt0, start.dtype)
+        progress = self._judge(state.progress, new_y, f1)
+        # A rejected step may still be the one that gets there; if not, whatever is
+        # wrong with it is not the verdict on the solve.
+        count = keep | (progress.error < state.progress.best_error)
         new_state = _SteadyStateState(
-            progress=_where(improved, judged, state.progress),
-            field=_where(keep, field, state.field),
+            progress=_where(count, progress, state.progress),
             start=start,
             end=end,
-            solver_state=_where(
-                keep,
-                _as_arrays(self._hand_over(solver_state, field)),
-                state.solver_state,
-            ),
-            controller_state=_as_arrays(controller_state),
-            failed=(end <= start) | (control_result != dfx.RESULTS.successful),
+            stuck=(end - start <= dt_min) | (result != dfx.RESULTS.successful),
             num_accepted_steps=state.num_accepted_steps + jnp.where(keep, 1, 0),
             num_rejected_steps=state.num_rejected_steps + jnp.where(keep, 0, 1),
+            integration=Unfrozen(
+                _Integration(
+                    field=_where(keep, f1, f0),
+                    solver_state=_where(
+                        keep,
+                        _as_arrays(_remember(self.ode_solver, solver_state, f1)),
+                        integration.solver_state,
+                    ),
+                    controller_state=_as_arrays(controller_state),
+                )
+            ),
         )
-        zeros = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), aux)
-        return _where(keep, new_y, y), new_state, zeros
+        return _where(keep, new_y, y), new_state, _no_aux(fn, y, args)
 
     def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags
         converged, result = state.progress.verdict()
         result = optx.RESULTS.where(
-            state.failed & ~converged & (result == optx.RESULTS.successful),
-            optx.RESULTS.nonlinear_divergence,
+            state.stuck & ~converged & (result == optx.RESULTS.successful),
+            optx.RESULTS.stagnation,
             result,
         )
         return converged, result
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        del fn, y, args, options, tags, result
+        del y, options, tags, result
         num_steps = state.num_accepted_steps + state.num_rejected_steps
         stats = {
             "num_accepted_steps": state.num_accepted_steps,
             "num_rejected_steps": state.num_rejected_steps,
             "final_time": state.start,
         }
-        evaluations = self._evaluations_per_step()
-        if evaluations is not None:
-            stats["nfe"] = 1 + evaluations * num_steps
+        num_extra = 1
+        if len(jtu.tree_leaves(aux)) > 0:
+            _, aux = fn(state.progress.best_y, args)
+            num_extra = 2
+        evaluations_per_step = _evaluations_per_step(self.ode_solver)
+        if evaluations_per_step is not None:
+            stats["nfe"] = evaluations_per_step * num_steps + num_extra
         return state.progress.best_y, aux, stats
 
     def _judge(self, progress, y, field):
@@ -197,68 +236,143 @@ class SteadyState(optx.AbstractRootFinder):
             y, f, field, rtol=self.rtol, atol=self.atol, norm=self.norm
         )
 
-    def _end_field(self, fn, y, z, args, solver_state):
-        tableau = _tableau(self.ode_solver)
-        if tableau is not None and tableau.fsal and not tableau.implicit:
-            _, field = solver_state
-            return field
-        return _vector_field(fn, y)(0.0, z, args)
+    def _controller(self):
+        controller = self.stepsize_controller
+        if controller is None:
+            if isinstance(self.ode_solver, dfx.AbstractImplicitSolver):
+                controller = PseudoTransient(safety=float("inf"))
+            else:
+                controller = PseudoTransient()
+        return controller.wrap(1)
 
-    def _hand_over(self, solver_state, field):
-        tableau = _tableau(self.ode_solver)
-        if tableau is not None and tableau.fsal:
-            return False, field
-        return solver_state
-
-    def _evaluations_per_step(self):
-        solver = self.ode_solver
-        tableau = _tableau(solver)
-        if tableau is not None and not tableau.implicit:
-            return tableau.num_stages + (-1 if tableau.fsal else 1)
-        if type(solver) is dfx.Euler:
-            return 1
-        return None
-
-    def _with_inner_tolerances(self, terms, state):
+    def _inner_solver(self, state):
+        """The ODE solver, its root finder, if any, with tolerances."""
         solver = self.ode_solver
         if not isinstance(solver, dfx.AbstractImplicitSolver):
             return solver
-        dtype = state.start.dtype
-        root_finder = solver.root_finder
-        scale = self.norm(state.field)
-        tableau = _tableau(solver)
-        if tableau is None or not tableau.fsal:
+        # Relative to the residual at the start of the step. Diffrax' root finder goes for
+        # a hundredth of that. Asked for less it runs into its limit of steps, as it
+        # keeps its Jacobian; asked for more it takes more ODE steps.
+        scale = self.norm(state.integration.value.field)
+        if _first_same_as_last(solver) is None:
+            # These solve for the increment, the others for the vector field.
             scale = scale * (state.end - state.start)
-        values = {"rtol": 0.0, "atol": 0.1 * scale, "norm": self.norm}
-        names = [n for n in values if not _is_set(getattr(root_finder, n))]
-        if names:
-            root_finder = eqx.tree_at(
-                lambda r: [getattr(r, n) for n in names],
-                root_finder,
-                [values[n] for n in names],
-            )
-            solver = eqx.tree_at(lambda s: s.root_finder, solver, root_finder)
-        return solver
+        tolerances = {"rtol": 0.0, "atol": scale, "norm": self.norm}
+        # What is left to the step-size controller is marked by an object that is
+        # neither a number nor a function.
+        names = [
+            name
+            for name in tolerances
+            if not eqx.is_array_like(getattr(solver.root_finder, name))
+            and not callable(getattr(solver.root_finder, name))
+        ]
+        if len(names) == 0:
+            return solver
+        return eqx.tree_at(
+            lambda s: [getattr(s.root_finder, name) for name in names],
+            solver,
+            [tolerances[name] for name in names],
+        )
 
 
-def _is_set(value: Any) -> bool:
-    return eqx.is_array_like(value) or callable(value)
+def _vector_field(
+    fn: Callable, y: PyTree[Array], known: tuple[PyTree, PyTree] | None = None
+) -> Callable:
+    """`fn`, on states of the dtypes of `y`, as Diffrax calls it.
 
-
-def _vector_field(fn, y, known=None, value=None):
-    """`fn` as Diffrax calls it, in the working dtype.
-
-    `value` is what it is at `known`.
+    `known` is a point and the value there. Euler's method, for one, then evaluates
+    nothing.
     """
     dtype = working_dtype(y)
 
     def vector_field(t, z, args):
         del t
-        if known is not None and all(
-            a is b for a, b in zip(jtu.tree_leaves(z), jtu.tree_leaves(known))
-        ):
-            return value
-        out, _ = fn(_cast_like(z, y), args)
-        return _cast(out, dtype)
+        if known is not None:
+            # One and the same object, and so one and the same value when traced.
+            known_z, known_field = known
+            pairs = zip(jtu.tree_leaves(z), jtu.tree_leaves(known_z), strict=True)
+            if all(a is b for a, b in pairs):
+                return known_field
+        field, _ = fn(_cast_like(z, y), args)
+        return _cast(field, dtype)
 
     return vector_field
+
+
+def _first_same_as_last(solver: dfx.AbstractSolver) -> dfx.ButcherTableau | None:
+    tableau = _tableau(solver)
+    return tableau if tableau is not None and tableau.fsal else None
+
+
+def _tableau(solver: dfx.AbstractSolver) -> dfx.ButcherTableau | None:
+    # Not `isinstance`, which also holds for what wraps a Runge-Kutta method.
+    if issubclass(type(solver), dfx.AbstractRungeKutta):
+        return solver.tableau
+    return None
+
+
+def _recall(solver: dfx.AbstractSolver, solver_state: PyTree) -> PyTree[Array] | None:
+    """The vector field at a step's end, if the solver has evaluated it exactly there.
+
+    An implicit solver has it only to the tolerance of its inner solve.
+    """
+    tableau = _first_same_as_last(solver)
+    if tableau is not None and not tableau.implicit:
+        _, field = solver_state
+        return field
+    if isinstance(solver, VCABM3):
+        return solver_state.field
+    return None
+
+
+def _remember(
+    solver: dfx.AbstractSolver, solver_state: PyTree, field: PyTree[Array]
+) -> PyTree:
+    """The state of a solver that is to start its next step from this vector field."""
+    if _first_same_as_last(solver) is not None:
+        return False, field
+    return solver_state
+
+
+def _evaluations_per_step(solver: dfx.AbstractSolver) -> int | None:
+    tableau = _tableau(solver)
+    if tableau is not None and not tableau.implicit:
+        # The first stage is known, or the residual at the end is one more.
+        return tableau.num_stages + (-1 if tableau.fsal else 1)
+    if type(solver) is dfx.Euler:
+        return 1
+    if isinstance(solver, VCABM3):
+        return 2
+    return None
+
+
+def _trapezoidal_error(z0, z1, f0, f1, dt):
+    return jtu.tree_map(
+        lambda a, b, fa, fb: a + 0.5 * dt * (fa + fb) - b, z0, z1, f0, f1
+    )
+
+
+def _no_aux(fn, y, args):
+    _, struct = eqx.filter_eval_shape(fn, y, args)
+    return jtu.tree_map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if hasattr(x, "dtype") else x, struct
+    )
+
+
+def _cast(tree: PyTree[Array], dtype: Any) -> PyTree[Array]:
+    return jtu.tree_map(lambda x: x.astype(dtype), tree)
+
+
+def _cast_like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    return jtu.tree_map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def _as_arrays(tree: PyTree) -> PyTree:
+    # A loop carries only arrays, while Diffrax keeps Python Booleans in its states.
+    return jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, tree)
+
+
+def _where(pred: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    return jtu.tree_map(
+        lambda n, o: jnp.where(pred, n, o) if eqx.is_array(n) else n, new, old
+    )

@@ -1,0 +1,525 @@
+import diffrax as dfx
+import equinox as eqx
+import implicitnets as inn
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+from .helpers import (
+    dense_cell,
+    dense_gradient,
+    DenseCell,
+    loss_weights,
+    make_matrix,
+    make_vector,
+    pair_cell,
+    problem,
+    relative_error,
+    tolerance,
+    two_norm,
+    weighted_sum,
+)
+
+
+TOL = tolerance(1e-6, 1e-11)
+
+SOLVERS = {
+    "anderson": inn.AndersonAcceleration(TOL, TOL),
+    "fixed_point": optx.FixedPointIteration(TOL, TOL),
+    "newton": optx.Newton(TOL, TOL),
+    "chord": optx.Chord(TOL, TOL),
+    "dogleg": optx.Dogleg(TOL, TOL),
+    "levenberg_marquardt": optx.LevenbergMarquardt(TOL, TOL),
+    "best_so_far": optx.BestSoFarRootFinder(optx.Newton(TOL, TOL)),
+    "steady_state": inn.SteadyState(dfx.Tsit5(), TOL, TOL),
+    # Float32 line searches stall above tighter tolerances.
+    "bfgs": optx.BFGS(tolerance(1e-3, 1e-8), tolerance(1e-3, 1e-8)),
+}
+
+TIGHT = inn.GivensGMRES(rtol=tolerance(1e-6, 1e-12), atol=0.0)
+
+ADJOINTS = {
+    "implicit": inn.ImplicitAdjoint(TIGHT),
+    "optimistix_implicit": optx.ImplicitAdjoint(),
+    "unrolled": optx.RecursiveCheckpointAdjoint(),
+}
+
+
+def make_deq(kind: str, cell, solver, **kwargs):
+    if kind == "plain":
+        return inn.DeepEquilibriumNetwork(cell, solver, **kwargs)
+    if kind == "skip":
+        init = lambda x: jtu.tree_map(lambda leaf: 0.5 * leaf, x)
+        return inn.SkipDeepEquilibriumNetwork(cell, solver, init=init, **kwargs)
+    return inn.SkipDeepEquilibriumNetwork(cell, solver, **kwargs)
+
+
+@eqx.filter_jit
+def solve_and_grad(deq, x, weights):
+    def loss(params):
+        cell, x = params
+        layer = eqx.tree_at(lambda layer: layer.cell, deq, cell)
+        sol = layer.solve(x)
+        return weighted_sum(sol.z_star, weights), sol
+
+    (_, sol), grads = eqx.filter_value_and_grad(loss, has_aux=True)((deq.cell, x))
+    return sol, grads
+
+
+def check(deq, x, tol_z, tol_grad):
+    weights = loss_weights(x)
+    sol, grads = solve_and_grad(deq, x, weights)
+    assert sol.result == optx.RESULTS.successful
+    assert two_norm(sol.residual) <= tol_z
+    reference = dense_gradient(deq.cell, sol.z_star, x, weights)
+    assert relative_error(grads, reference) < tol_grad
+    return sol
+
+
+@pytest.mark.parametrize("cell_name", ("dense", "conv", "pair"))
+@pytest.mark.parametrize("solver_name", SOLVERS)
+def test_every_solver(solver_name, cell_name):
+    cell, x = problem(cell_name)
+    deq = inn.DeepEquilibriumNetwork(
+        cell,
+        SOLVERS[solver_name],
+        # At zero the group norm's Jacobian, which a chord method keeps, is singular.
+        init=lambda x: x,
+        adjoint=ADJOINTS["implicit"],
+        max_steps=2000,
+    )
+    loose = solver_name == "bfgs"
+    tol_z = tolerance(1e-2, 1e-6) if loose else tolerance(2e-5, 1e-9)
+    sol = check(deq, x, tol_z, tolerance(1e-4, 1e-8))
+    assert jtu.tree_structure(sol.z_star) == jtu.tree_structure(x)
+
+
+@pytest.mark.parametrize("kind", ("plain", "skip", "skipreg"))
+@pytest.mark.parametrize("adjoint_name", ADJOINTS)
+@pytest.mark.parametrize("solver_name", ("anderson", "newton"))
+def test_every_adjoint_and_start(solver_name, adjoint_name, kind):
+    cell, x = problem("dense")
+    deq = make_deq(
+        kind,
+        cell,
+        SOLVERS[solver_name],
+        adjoint=ADJOINTS[adjoint_name],
+        max_steps=64,
+    )
+    # Differentiating through an accelerated iteration converges behind the iteration.
+    check(deq, x, tolerance(2e-5, 1e-9), tolerance(1e-3, 1e-5))
+
+
+def test_bare_diffrax_solver_and_default_solver():
+    cell, x = problem("dense")
+    deq = inn.DeepEquilibriumNetwork(cell, dfx.Tsit5())
+    assert isinstance(deq.solver, inn.SteadyState)
+    z_ode = eqx.filter_jit(deq)(x)
+    z_default = eqx.filter_jit(inn.DeepEquilibriumNetwork(cell))(x)
+    assert relative_error(z_ode, z_default) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "solver", (None, "newton", optx.Newton, lx.GMRES(1e-3, 1e-3), jnp.tanh)
+)
+def test_what_is_no_solver(solver):
+    with pytest.raises(TypeError, match="AbstractRootFinder.*AbstractSolver"):
+        inn.DeepEquilibriumNetwork(dense_cell(), solver)
+
+
+def test_batch_partners_change_nothing():
+    cell, x = problem("dense")
+    deq = inn.DeepEquilibriumNetwork(cell, SOLVERS["anderson"])
+    xs = jnp.stack([x, 0.01 * x, jnp.zeros_like(x), 3 * x])
+    grad = jax.grad(lambda x: jnp.sum(deq(x) ** 2))
+    batch = eqx.filter_jit(jax.vmap(lambda x: (deq.solve(x), grad(x))))(xs)
+    alone = eqx.filter_jit(lambda x: (deq.solve(x), grad(x)))
+    for i, x in enumerate(xs):
+        sol, gradient = alone(x)
+        batch_sol, batch_gradient = jtu.tree_map(lambda leaf: leaf[i], batch)
+        assert sol.stats["num_steps"] == batch_sol.stats["num_steps"]
+        assert sol.stats["nfe"] == batch_sol.stats["nfe"]
+        assert np.allclose(sol.z_star, batch_sol.z_star, rtol=1e-5, atol=1e-6)
+        assert np.allclose(gradient, batch_gradient, rtol=1e-4, atol=1e-5)
+    num_steps = batch[0].stats["num_steps"]
+    assert len(set(num_steps.tolist())) > 2
+
+
+def test_whole_batch_without_vmap():
+    """A cell that couples its examples is solved on the whole batch."""
+    weight = make_matrix(3, 0.5)
+
+    def cell(z, x):
+        return jnp.tanh((z - jnp.mean(z, axis=0, keepdims=True)) @ weight + x)
+
+    x = make_vector(12).reshape(4, 3)
+    deq = inn.DeepEquilibriumNetwork(
+        cell, SOLVERS["anderson"], adjoint=ADJOINTS["implicit"]
+    )
+    check(deq, x, tolerance(2e-5, 1e-9), tolerance(1e-4, 1e-8))
+
+
+class NoisyCell(eqx.Module):
+    cell: DenseCell
+    dropout: eqx.nn.Dropout
+
+    def __call__(self, z, x, *, key):
+        return self.dropout(self.cell(z, x), key=key)
+
+
+def test_key_is_fixed_within_a_solve():
+    cell = NoisyCell(dense_cell(8, 0.5), eqx.nn.Dropout(0.5))
+    deq = inn.DeepEquilibriumNetwork(cell, SOLVERS["anderson"])
+    solve = eqx.filter_jit(lambda key: deq.solve(make_vector(8), key=key))
+    sol = solve(jr.key(0))
+    assert sol.result == optx.RESULTS.successful
+    masked = cell(sol.z_star, make_vector(8), key=jr.key(0))
+    assert np.allclose(masked, sol.z_star, atol=1e-4)
+    assert not np.allclose(sol.z_star, solve(jr.key(1)).z_star, atol=1e-2)
+
+
+def test_key_within_sequential():
+    deq = inn.DeepEquilibriumNetwork(dense_cell(), SOLVERS["anderson"])
+    model = eqx.nn.Sequential([eqx.nn.Linear(4, 4, key=jr.key(0)), deq])
+    out = model(make_vector(4), key=jr.key(1))
+    assert out.shape == (4,)
+
+
+def test_warm_start():
+    cell, x = problem("dense")
+    deq = inn.DeepEquilibriumNetwork(cell, SOLVERS["anderson"])
+    solve = eqx.filter_jit(lambda x, z0: deq.solve(x, z0=z0))
+    cold = solve(x, jnp.zeros_like(x))
+    warm = solve(x, cold.z_star)
+    assert warm.stats["num_steps"] == 1
+    assert eqx.tree_equal(warm.z_star, cold.z_star)
+    near = solve(1.001 * x, cold.z_star)
+    assert near.stats["num_steps"] < cold.stats["num_steps"]
+
+
+@pytest.mark.parametrize("adjoint_name", ("implicit", "optimistix_implicit"))
+def test_gradient_of_start(adjoint_name):
+    """None through the equilibrium, and all of it through `sol.z0`."""
+    cell, x = problem("dense")
+    deq = inn.DeepEquilibriumNetwork(
+        cell, SOLVERS["anderson"], adjoint=ADJOINTS[adjoint_name]
+    )
+
+    @jax.jit
+    def grads(scale):
+        start = lambda scale: scale * jnp.ones_like(x)
+        through_z_star = jax.grad(lambda s: jnp.sum(deq(x, z0=start(s))))(scale)
+        through_z0 = jax.grad(lambda s: jnp.sum(deq.solve(x, z0=start(s)).z0))(scale)
+        return through_z_star, through_z0
+
+    through_z_star, through_z0 = grads(jnp.array(0.3))
+    assert through_z_star == 0
+    assert through_z0 == x.size
+
+
+def test_skip_penalty_trains_init():
+    x = make_vector(4)
+    init = eqx.nn.Linear(4, 4, key=jr.key(0))
+    deq = inn.SkipDeepEquilibriumNetwork(dense_cell(), SOLVERS["anderson"], init=init)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss(deq):
+        return inn.skip_penalty(deq.solve(x))
+
+    value, grads = loss(deq)
+    sol = deq.solve(x)
+    assert np.allclose(value, np.mean((sol.z_star - sol.z0) ** 2), rtol=1e-5)
+    expected = jnp.outer(-2 * (sol.z_star - sol.z0) / x.size, x)
+    assert np.allclose(grads.init.weight, expected, rtol=1e-4, atol=1e-6)
+    assert jnp.any(grads.cell.hidden != 0)
+
+
+def test_optimiser_state_survives_the_switch_of_depth():
+    x = make_vector(4)
+    model = eqx.nn.Sequential(
+        [
+            eqx.nn.Linear(4, 4, key=jr.key(0)),
+            inn.DeepEquilibriumNetwork(dense_cell(), SOLVERS["anderson"]),
+        ]
+    )
+    optimiser = optax.adam(1e-3)
+
+    @eqx.filter_jit
+    def step(model, state):
+        loss = lambda model: jnp.sum(model(x) ** 2)
+        value, grads = eqx.filter_value_and_grad(loss)(model)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimiser.update(grads, state)
+        return eqx.apply_updates(model, updates), state, value
+
+    state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+    structure = jtu.tree_structure(model)
+    values = []
+    for depth in (3, 0, 3):
+        model = inn.set_fixed_depth(model, depth)
+        assert jtu.tree_structure(model) == structure
+        for _ in range(2):
+            model, state, value = step(model, state)
+            values.append(float(value))
+    assert values[1] < values[0] and values[3] < values[2] and values[5] < values[4]
+    assert state[0].count == 6
+
+
+def test_fixed_depth_is_unrolling():
+    cell, x = problem("dense")
+    deq = inn.DeepEquilibriumNetwork(cell, init=lambda x: 0.1 * x)
+    deep = inn.set_fixed_depth(deq, 4)
+    sol, grads = solve_and_grad(deep, x, loss_weights(x))
+
+    def unrolled(params):
+        cell, x = params
+        z = 0.1 * x
+        for _ in range(4):
+            z = cell(z, x)
+        return weighted_sum(z, loss_weights(x))
+
+    value, expected = eqx.filter_value_and_grad(unrolled)((cell, x))
+    assert sol.stats["nfe"] == 4
+    assert np.allclose(weighted_sum(sol.z_star, loss_weights(x)), value, rtol=1e-5)
+    assert relative_error(grads, expected) < 1e-5
+    through_start = jax.grad(lambda z0: jnp.sum(deep(x, z0=z0)))(jnp.zeros_like(x))
+    assert jnp.any(through_start != 0)
+
+
+def test_set_fixed_depth_reaches_nested_layers():
+    inner = inn.DeepEquilibriumNetwork(dense_cell())
+
+    class Outer(eqx.Module):
+        inner: inn.DeepEquilibriumNetwork
+
+        def __call__(self, z, x):
+            return 0.5 * self.inner(z) + x
+
+    model = {"layers": [inn.DeepEquilibriumNetwork(Outer(inner)), inner]}
+    model = inn.set_fixed_depth(model, 3)
+    outer, other = model["layers"]
+    depths = (outer.fixed_depth, outer.cell.inner.fixed_depth, other.fixed_depth)
+    assert depths == (3, 3, 3)
+
+
+def test_set_fixed_depth_checks():
+    with pytest.raises(ValueError, match="`depth`.*-1"):
+        inn.set_fixed_depth(inn.DeepEquilibriumNetwork(dense_cell()), -1)
+
+
+def test_traced_depth_is_a_clear_error():
+    deq = inn.DeepEquilibriumNetwork(lambda z, x: 0.5 * z + x)
+    with pytest.raises(TypeError, match="filter_jit"):
+        eqx.tree_at(lambda d: d.fixed_depth, deq, jnp.array(1))(make_vector(4))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    (
+        lambda z, x: jnp.concatenate([z, z]),
+        lambda z, x: (z, z),
+        lambda z, x: z.astype(jnp.float16),
+    ),
+)
+def test_mismatch_names_both_structures(cell):
+    deq = inn.DeepEquilibriumNetwork(cell)
+    with pytest.raises(ValueError) as error:
+        deq(make_vector(4))
+    message = str(error.value)
+    assert "[4]" in message and message.count("of structure") == 2
+
+
+@pytest.mark.parametrize("dtype", (jnp.complex64, jnp.int32))
+def test_state_must_be_real(dtype):
+    deq = inn.DeepEquilibriumNetwork(lambda z, x: z)
+    with pytest.raises(ValueError, match=f"real floating-point.*{jnp.dtype(dtype)}"):
+        deq(jnp.ones(4, dtype))
+
+
+@pytest.mark.parametrize("field", ("max_steps", "fixed_depth"))
+def test_hyperparameters_are_checked(field):
+    with pytest.raises(ValueError, match=rf"{field}.*-1"):
+        inn.DeepEquilibriumNetwork(dense_cell(), **{field: -1})
+
+
+
+@pytest.mark.parametrize("solver_name", ("anderson", "fixed_point", "newton"))
+@pytest.mark.parametrize("max_steps", (1, 6, 50))
+def test_result_of_nan(solver_name, max_steps):
+    """At once, and in the last step allowed."""
+
+    def cell(z, x):
+        # NaN from the sixth evaluation of the plain iteration on.
+        return jnp.where(z > 5.5, jnp.nan, z + 1) if max_steps > 1 else z * jnp.nan
+
+    deq = inn.DeepEquilibriumNetwork(cell, SOLVERS[solver_name], max_steps=max_steps)
+    if solver_name == "anderson":
+        # No acceleration, which would find that `z + 1` has no fixed point at once.
+        z0 = jnp.full(1, 6.0) if max_steps > 1 else jnp.zeros(1)
+    else:
+        z0 = jnp.zeros(1)
+    if solver_name == "newton" and max_steps > 1:
+        pytest.skip("the Jacobian of `z + 1 - z` is singular")
+    sol = eqx.filter_jit(deq.solve)(jnp.zeros(1), z0=z0)
+    assert sol.result == optx.RESULTS.nonfinite
+    if solver_name == "anderson":
+        assert jnp.all(jnp.isfinite(sol.z_star))
+
+
+@pytest.mark.parametrize("max_steps", (12, 40))
+def test_result_of_divergence_and_of_too_few_steps(max_steps):
+    diverging = lambda z, x: -3 * z + x
+    slow = lambda z, x: 0.99 * z + x
+    solver = SOLVERS["fixed_point"]
+    for cell, expected in (
+        (diverging, optx.RESULTS.nonlinear_divergence),
+        (slow, optx.RESULTS.nonlinear_max_steps_reached),
+    ):
+        deq = inn.DeepEquilibriumNetwork(cell, solver, max_steps=max_steps)
+        is_expected = lambda x: deq.solve(x).result == expected
+        assert jnp.all(jax.jit(jax.vmap(is_expected))(jnp.ones((2, 1))))
+
+
+def test_throw():
+    deq = inn.DeepEquilibriumNetwork(
+        lambda z, x: 0.99 * z + x, SOLVERS["fixed_point"], max_steps=3, throw=True
+    )
+    with pytest.raises(eqx.EquinoxRuntimeError, match="maximum number of steps"):
+        eqx.filter_jit(deq)(jnp.ones(1))
+
+
+def test_value_under_grad_is_the_value():
+    cell, x = problem("dense")
+    deq = inn.DeepEquilibriumNetwork(cell, SOLVERS["anderson"])
+    sol = eqx.filter_jit(deq.solve)(x)
+    grad_sol, _ = solve_and_grad(deq, x, loss_weights(x))
+    assert eqx.tree_equal(sol.stats, grad_sol.stats)
+    assert np.allclose(sol.z_star, grad_sol.z_star, rtol=1e-6)
+
+
+def test_two_layers_and_a_closure_in_one_loss():
+    cell, x = problem("dense")
+    tight = ADJOINTS["implicit"]
+
+    def loss(scale):
+        scaled = lambda z, x: scale * cell(z, x)
+        first = inn.DeepEquilibriumNetwork(scaled, SOLVERS["anderson"], adjoint=tight)
+        second = inn.DeepEquilibriumNetwork(cell, SOLVERS["newton"], adjoint=tight)
+        return jnp.sum(first(x)) + jnp.sum(second(scale * x) ** 2)
+
+    scale = jnp.array(0.7)
+    gradient = jax.jit(jax.grad(loss))(scale)
+    step = tolerance(1e-2, 1e-5)
+    difference = (loss(scale + step) - loss(scale - step)) / (2 * step)
+    assert np.allclose(gradient, difference, rtol=tolerance(1e-2, 1e-6))
+
+
+def test_partial_leaf_loss_and_static_inputs():
+    cell = pair_cell()
+    _, leaves = problem("pair")
+
+    def with_extras(z, x):
+        assert x["mode"] == "train"
+        return cell(z, {"a": x["a"] + x["index"].astype(x["a"].dtype), "b": x["b"]})
+
+    deq = inn.DeepEquilibriumNetwork(
+        with_extras, SOLVERS["anderson"], adjoint=ADJOINTS["implicit"]
+    )
+    z0 = jtu.tree_map(jnp.zeros_like, leaves)
+    inputs = {**leaves, "index": jnp.array(1), "mode": "train"}
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(inputs):
+        return jnp.sum(deq(inputs, z0=z0)["a"])
+
+    grads = gradient(inputs)
+    shifted = {"a": leaves["a"] + 1, "b": leaves["b"]}
+    z_star = eqx.filter_jit(deq)(inputs, z0=z0)
+    weights = {"a": jnp.ones(2), "b": jnp.zeros((2, 2))}
+    _, expected = dense_gradient(cell, z_star, shifted, weights)
+    got = {"a": grads["a"], "b": grads["b"]}
+    assert relative_error(got, expected) < tolerance(1e-4, 1e-8)
+    assert grads["index"] is None
+
+
+def test_serialise_and_reload(tmp_path):
+    x = make_vector(4)
+    deq = inn.DeepEquilibriumNetwork(dense_cell(), SOLVERS["anderson"])
+    eqx.tree_serialise_leaves(tmp_path / "deq.eqx", deq)
+    template = inn.DeepEquilibriumNetwork(dense_cell(4, 0.1), SOLVERS["anderson"])
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "deq.eqx", template)
+    assert eqx.tree_equal(deq(x), loaded(x))
+
+
+def test_traced_tolerance_does_not_recompile():
+    traces = []
+
+    @eqx.filter_jit
+    def solve(rtol, x):
+        traces.append(None)
+        solver = inn.AndersonAcceleration(rtol, jnp.zeros_like(rtol))
+        return inn.DeepEquilibriumNetwork(dense_cell(), solver).solve(x)
+
+    loose, tight = (solve(jnp.array(tol), make_vector(4)) for tol in (1e-1, 1e-4))
+    assert len(traces) == 1
+    assert loose.stats["nfe"] < tight.stats["nfe"]
+
+
+def test_a_solve_outside_jit_compiles_once():
+    traces = []
+
+    class Cell(eqx.Module):
+        weight: jax.Array
+
+        def __call__(self, z, x):
+            traces.append(None)
+            return jnp.tanh(self.weight @ z + x)
+
+    deq = inn.DeepEquilibriumNetwork(Cell(make_matrix(4, 0.5)))
+    deq.solve(make_vector(4, seed=1))
+    first = len(traces)
+    deq.solve(make_vector(4, seed=2))
+    # Only the structure check, the residual and the verdict, which are not compiled.
+    assert len(traces) - first <= 3
+
+
+def test_in_scan_and_several_devices_are_ordinary_jax():
+    cell, x = problem("dense")
+    deq = inn.DeepEquilibriumNetwork(cell, SOLVERS["anderson"])
+
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        def advance(carry, _):
+            z = deq(x, z0=carry)
+            return z, jnp.sum(z)
+
+        _, sums = jax.lax.scan(advance, jnp.zeros_like(x), length=3)
+        return jnp.sum(sums)
+
+    once = jax.jit(jax.grad(lambda x: 3 * jnp.sum(deq(x))))(x)
+    assert relative_error(gradient(x), once) < 1e-3
+
+
+def test_export_to_accelerators():
+    cell, x = problem("conv")
+    deq = inn.DeepEquilibriumNetwork(cell)
+
+    @jax.jit
+    def gradient(xs):
+        return jax.grad(lambda xs: jnp.sum(jax.vmap(deq)(xs) ** 2))(xs)
+
+    exported = jax.export.export(gradient, platforms=("cuda", "tpu", "cpu"))
+    module = exported(jnp.stack([x, x]))
+    assert module.platforms == ("cuda", "tpu", "cpu")
+    assert "callback" not in module.mlir_module()
+    xs = jnp.stack([x, 2 * x])
+    assert np.allclose(module.call(xs), gradient(xs), rtol=1e-5, atol=1e-6)

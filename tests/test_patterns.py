@@ -1,0 +1,59 @@
+"""The rules that the code base keeps: see CONTRIBUTING.md."""
+
+import importlib
+import inspect
+import pkgutil
+
+import equinox as eqx
+import implicitnets as inn
+import pytest
+
+
+def all_modules() -> list[type[eqx.Module]]:
+    for info in pkgutil.walk_packages(inn.__path__, "implicitnets."):
+        importlib.import_module(info.name)
+
+    def descendants(cls):
+        for child in cls.__subclasses__():
+            yield child
+            yield from descendants(child)
+
+    found = {c for c in descendants(eqx.Module) if c.__module__.startswith("implicitn")}
+    return sorted(found, key=lambda cls: cls.__qualname__)
+
+
+def is_abstract(cls: type) -> bool:
+    return inspect.isabstract(cls) or bool(getattr(cls, "__abstractvars__", ()))
+
+
+@pytest.mark.parametrize("cls", all_modules(), ids=lambda cls: cls.__name__)
+def test_abstract_or_final(cls):
+    for parent in cls.__mro__[1:]:
+        if issubclass(parent, eqx.Module) and parent is not eqx.Module:
+            assert is_abstract(parent) or not vars(parent).get("__annotations__"), (
+                f"{cls.__name__} subclasses the concrete {parent.__name__}"
+            )
+
+
+def public_names() -> list[str]:
+    return [
+        name
+        for name, value in vars(inn).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", "").startswith("implicitnets.")
+    ]
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_public_docstrings(name):
+    """A summary line, the arguments of what takes any, and methods' own docstrings."""
+    value = getattr(inn, name)
+    doc = inspect.getdoc(value)
+    assert doc is not None
+    summary, *rest = doc.split("\n")
+    assert summary.endswith(".") and (not rest or rest[0] == "")
+    if inspect.isclass(value):
+        has_fields = bool(vars(value).get("__annotations__"))
+        assert not has_fields or "**Arguments:**" in doc or "**Attributes:**" in doc
+    else:
+        assert "**Arguments:**" in doc and "**Returns:**" in doc
