@@ -1,5 +1,7 @@
 """The problems that the tests share."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,10 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
+
+from implicitnets._misc import tree_dot
 
 
 def is_double() -> bool:
@@ -93,7 +98,7 @@ def pair_cell() -> PairCell:
     return PairCell(make_matrix(6, 0.7, seed=2))
 
 
-def problem(name: str) -> tuple[eqx.Module, PyTree[Array]]:
+def problem(name: str) -> tuple[Any, PyTree[Array]]:
     """A cell and an input of the structure of its state."""
     if name == "dense":
         return dense_cell(), make_vector(4)
@@ -112,10 +117,7 @@ def loss_weights(tree: PyTree[Array]) -> PyTree[Array]:
 
 
 def weighted_sum(tree: PyTree[Array], weights: PyTree[Array]) -> Array:
-    return sum(
-        jnp.sum(a * b)
-        for a, b in zip(jtu.tree_leaves(tree), jtu.tree_leaves(weights), strict=True)
-    )
+    return tree_dot(tree, weights)
 
 
 def dense_gradient(cell, z_star, x, weights):
@@ -124,16 +126,16 @@ def dense_gradient(cell, z_star, x, weights):
     By the implicit function theorem with a dense solve, NumPy in float64; the cell's
     two Jacobians come from JAX at the given equilibrium.
     """
-    flat_z, unravel_z = jax.flatten_util.ravel_pytree(z_star)
+    flat_z, unravel_z = ravel_pytree(z_star)
     params, static = eqx.partition((cell, x), eqx.is_inexact_array)
-    flat_p, unravel_p = jax.flatten_util.ravel_pytree(params)
+    flat_p, unravel_p = ravel_pytree(params)
 
     def flat_cell(flat_z, flat_p):
         cell, x = eqx.combine(unravel_p(flat_p), static)
-        return jax.flatten_util.ravel_pytree(cell(unravel_z(flat_z), x))[0]
+        return ravel_pytree(cell(unravel_z(flat_z), x))[0]
 
     jac_z, jac_p = jax.jit(jax.jacrev(flat_cell, argnums=(0, 1)))(flat_z, flat_p)
     jac_z, jac_p = np.asarray(jac_z, float), np.asarray(jac_p, float)
-    v = np.asarray(jax.flatten_util.ravel_pytree(weights)[0], float)
+    v = np.asarray(ravel_pytree(weights)[0], float)
     u = np.linalg.solve((np.eye(v.size) - jac_z).T, v)
     return unravel_p(jnp.asarray(jac_p.T @ u, flat_p.dtype))

@@ -1,10 +1,12 @@
 import equinox as eqx
-import implicitnets as inn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 import pytest
+from jax.flatten_util import ravel_pytree
+
+import implicitnets as inn
 from implicitnets._solver.anderson import solve_gram
 
 from .helpers import (
@@ -62,7 +64,9 @@ def test_iterations_do_not_depend_on_the_scale():
 
     @jax.jit
     def num_steps(scale):
-        fn = lambda z, _: scale * (matrix @ (z / scale) + vector)
+        def fn(z, _):
+            return scale * (matrix @ (z / scale) + vector)
+
         solver = inn.AndersonAcceleration(1e-5, 0.0)
         return solve(fn, solver, jnp.zeros(20)).stats["num_steps"]
 
@@ -72,7 +76,9 @@ def test_iterations_do_not_depend_on_the_scale():
 
 def test_accelerates_from_the_second_step_on():
     """In one dimension two evaluations give the root of a linear map exactly."""
-    sol = solve(lambda z, _: -3 * z + 1, inn.AndersonAcceleration(1e-5, 0.0), jnp.zeros(1))
+    sol = solve(
+        lambda z, _: -3 * z + 1, inn.AndersonAcceleration(1e-5, 0.0), jnp.zeros(1)
+    )
     assert sol.stats["nfe"] == 3
     assert np.allclose(sol.value, 0.25, rtol=1e-5)
 
@@ -80,7 +86,10 @@ def test_accelerates_from_the_second_step_on():
 def test_history_of_one_beats_plain_iteration():
     args = make_matrix(20, 0.9, symmetric=True), make_vector(20)
     anderson = solve(
-        linear_map, inn.AndersonAcceleration(1e-5, 0.0, history_size=1), jnp.zeros(20), args
+        linear_map,
+        inn.AndersonAcceleration(1e-5, 0.0, history_size=1),
+        jnp.zeros(20),
+        args,
     )
     z, plain = jnp.zeros(20), 0
     while relative_residual(linear_map, z, args) > 1e-5:
@@ -108,14 +117,20 @@ def test_returns_the_best_iterate_evaluated():
         return jnp.stack([3 * z[1] ** 2 + 1.5, jnp.cos(4 * z[0]) - z[1]])
 
     for max_steps in range(1, 8):
-        sol = solve(fn, inn.AndersonAcceleration(1e-9, 0.0), jnp.ones(2), max_steps=max_steps)
+        sol = solve(
+            fn, inn.AndersonAcceleration(1e-9, 0.0), jnp.ones(2), max_steps=max_steps
+        )
         evaluated[max_steps] = relative_residual(fn, sol.value, None)
     residuals = list(evaluated.values())
-    assert all(b <= a * (1 + 1e-5) for a, b in zip(residuals, residuals[1:], strict=False))
+    assert all(
+        b <= a * (1 + 1e-5) for a, b in zip(residuals, residuals[1:], strict=False)
+    )
 
 
 def test_exact_convergence_and_constant_map():
-    sol = solve(lambda z, _: jnp.ones(3), inn.AndersonAcceleration(0.0, 0.0), jnp.zeros(3))
+    sol = solve(
+        lambda z, _: jnp.ones(3), inn.AndersonAcceleration(0.0, 0.0), jnp.zeros(3)
+    )
     assert sol.result == optx.RESULTS.successful
     assert np.array_equal(sol.value, np.ones(3))
 
@@ -124,7 +139,11 @@ def test_stagnating_iteration_stays_finite():
     """No tolerance, so that it goes on far below rounding."""
     args = make_matrix(8, 0.5), make_vector(8)
     sol = solve(
-        linear_map, inn.AndersonAcceleration(0.0, 0.0), jnp.zeros(8), args, max_steps=200
+        linear_map,
+        inn.AndersonAcceleration(0.0, 0.0),
+        jnp.zeros(8),
+        args,
+        max_steps=200,
     )
     assert relative_residual(linear_map, sol.value, args) < tolerance(1e-6, 1e-14)
 
@@ -146,10 +165,10 @@ def test_multi_leaf_state_is_one_vector():
     assert isinstance(cell, type(pair_cell()))
     z0 = jax.tree.map(jnp.zeros_like, x)
     pair = solve(cell, inn.AndersonAcceleration(1e-5, 0.0), z0, x)
-    flat_x, unravel = jax.flatten_util.ravel_pytree(x)
+    flat_x, unravel = ravel_pytree(x)
 
     def flat_cell(z, x):
-        return jax.flatten_util.ravel_pytree(cell(unravel(z), unravel(x)))[0]
+        return ravel_pytree(cell(unravel(z), unravel(x)))[0]
 
     flat = solve(flat_cell, inn.AndersonAcceleration(1e-5, 0.0), 0 * flat_x, flat_x)
     assert pair.stats["num_steps"] == flat.stats["num_steps"]
@@ -162,7 +181,10 @@ def test_narrow_states(dtype):
     matrix = make_matrix(8, 0.5).astype(dtype)
     vector = make_vector(8).astype(dtype)
     tol = 20 * float(jnp.finfo(dtype).eps)
-    fn = lambda z, _: jnp.tanh(matrix @ z + vector)
+
+    def fn(z, _):
+        return jnp.tanh(matrix @ z + vector)
+
     sol = solve(fn, inn.AndersonAcceleration(tol, 0.0), jnp.zeros(8, dtype))
     assert sol.value.dtype == dtype
     assert sol.result == optx.RESULTS.successful
@@ -175,7 +197,9 @@ def test_batch_is_as_alone_under_every_loop(adjoint):
     vectors = jnp.stack([make_vector(8, seed=s) * 10.0 ** (s - 2) for s in range(4)])
 
     def run(vector):
-        fn = lambda z, _: jnp.tanh(matrix @ z + vector)
+        def fn(z, _):
+            return jnp.tanh(matrix @ z + vector)
+
         sol = optx.fixed_point(
             fn,
             inn.AndersonAcceleration(1e-4, 0.0),
@@ -224,5 +248,7 @@ def test_hyperparameters_are_checked(field, value):
 
 
 def test_filter_jit_takes_the_solver_as_an_argument():
-    run = eqx.filter_jit(lambda s: solve(lambda z, _: 0.5 * z + 1, s, jnp.zeros(2)).value)
+    run = eqx.filter_jit(
+        lambda s: solve(lambda z, _: 0.5 * z + 1, s, jnp.zeros(2)).value
+    )
     assert np.allclose(run(inn.AndersonAcceleration(1e-5, 1e-5)), 2.0)

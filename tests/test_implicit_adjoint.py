@@ -1,5 +1,4 @@
 import equinox as eqx
-import implicitnets as inn
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -7,6 +6,8 @@ import lineax as lx
 import numpy as np
 import optimistix as optx
 import pytest
+
+import implicitnets as inn
 
 from .helpers import (
     dense_cell,
@@ -93,7 +94,10 @@ def test_every_linear_solver(name, cell_name):
 def equilibrium(scale, x):
     """A closure over a differentiated value, and one by argument."""
     cell = dense_cell(4, 0.7)
-    fn = lambda z, x: scale * cell(z, x)
+
+    def fn(z, x):
+        return scale * cell(z, x)
+
     adjoint = inn.ImplicitAdjoint(LINEAR_SOLVERS["givens_gmres"])
     sol = optx.fixed_point(fn, SOLVER, jnp.zeros(4), x, adjoint=adjoint, throw=False)
     return sol.value
@@ -135,9 +139,7 @@ def test_second_order_in_every_nesting():
     products = {
         "forward over reverse": lambda p: jax.jvp(jax.grad(loss), (p,), (t_params,))[1],
         "reverse over reverse": jax.grad(lambda p: dot(jax.grad(loss)(p))),
-        "reverse over forward": jax.grad(
-            lambda p: jax.jvp(loss, (p,), (t_params,))[1]
-        ),
+        "reverse over forward": jax.grad(lambda p: jax.jvp(loss, (p,), (t_params,))[1]),
     }
     for product in products.values():
         value = jax.jit(product)(params)
@@ -147,7 +149,10 @@ def test_second_order_in_every_nesting():
 def test_grad_of_vmap_is_vmap_of_grad():
     xs = jnp.stack([make_vector(4), 0.1 * make_vector(4, seed=2), jnp.zeros(4)])
     scale = jnp.array(0.8)
-    loss = lambda scale, x: jnp.sum(equilibrium(scale, x) ** 2)
+
+    def loss(scale, x):
+        return jnp.sum(equilibrium(scale, x) ** 2)
+
     batch = jax.vmap(loss, in_axes=(None, 0))
     together = jax.jit(jax.grad(lambda s, xs: jnp.sum(batch(s, xs)), argnums=(0, 1)))
     apart = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(None, 0)))
@@ -174,13 +179,18 @@ def test_targets_of_deq_jax(adjoint):
     But for the gradient of the start, which is zero.
     """
     newton = optx.Newton(1e-6, 1e-6)
-    affine = lambda z, p: p["w"] * z + p["b"]
+
+    def affine(z, p):
+        return p["w"] * z + p["b"]
+
     p = {"w": jnp.array(-2.0), "b": jnp.array(1.0)}
     sol = optx.fixed_point(affine, newton, jnp.zeros((1, 2, 3)), p, adjoint=adjoint)
     assert np.allclose(jnp.sum(sol.value), 2.0, atol=1e-5)
 
     def total(p, z0):
-        linear = lambda z, p: z @ p["weight"] + p["bias"][None, None, :]
+        def linear(z, p):
+            return z @ p["weight"] + p["bias"][None, None, :]
+
         return jnp.sum(
             optx.fixed_point(linear, newton, z0, p, adjoint=adjoint, throw=False).value
         )
@@ -208,7 +218,10 @@ class ResNetLayer(eqx.Module):
             weight = 0.01 * jax.random.normal(key, layer.weight.shape)
             return eqx.tree_at(lambda layer: layer.weight, layer, weight)
 
-        self.conv1, self.conv2 = conv(channels, inner, key1), conv(inner, channels, key2)
+        self.conv1, self.conv2 = (
+            conv(channels, inner, key1),
+            conv(inner, channels, key2),
+        )
         self.norms = [eqx.nn.GroupNorm(groups, c) for c in (inner, channels, channels)]
 
     def __call__(self, z, x):
@@ -223,7 +236,10 @@ def test_gradchecks_of_the_deep_implicit_layers_tutorial(name):
     rng = np.random.default_rng(0)
     if name == "tanh_newton":
         weight = jnp.asarray(rng.normal(size=(5, 5)) * 0.3)
-        cell = lambda z, x: jnp.tanh(weight @ z + x)
+
+        def cell(z, x):
+            return jnp.tanh(weight @ z + x)
+
         solver, init = optx.Newton(1e-10, 1e-10), jnp.tanh
         x = jnp.asarray(rng.normal(size=(3, 5)))
     else:

@@ -5,8 +5,9 @@ import inspect
 import pkgutil
 
 import equinox as eqx
-import implicitnets as inn
 import pytest
+
+import implicitnets as inn
 
 
 def all_modules() -> list[type[eqx.Module]]:

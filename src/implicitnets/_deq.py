@@ -1,7 +1,7 @@
 import abc
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, get_args, TypeAlias, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
@@ -24,12 +24,9 @@ from ._solver.steady_state import SteadyState
 
 _Model = TypeVar("_Model", bound=PyTree)
 
-_MINIMISING_SOLVERS = (optx.AbstractLeastSquaresSolver, optx.AbstractMinimiser)
-
-_OPTIMISTIX_SOLVERS = (
-    optx.AbstractFixedPointSolver,
-    optx.AbstractRootFinder,
-    *_MINIMISING_SOLVERS,
+_Minimising: TypeAlias = optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser
+_Solver: TypeAlias = (
+    optx.AbstractFixedPointSolver | optx.AbstractRootFinder | _Minimising
 )
 
 
@@ -37,12 +34,12 @@ def _keyword(default):
     return eqx.field(default=default, kw_only=True)
 
 
-def _as_solver(solver: Any) -> optx.AbstractIterativeSolver:
+def _as_solver(solver: Any) -> _Solver:
     if isinstance(solver, dfx.AbstractSolver):
         return SteadyState(solver)
-    if isinstance(solver, _OPTIMISTIX_SOLVERS):
+    if isinstance(solver, _Solver):
         return solver
-    accepted = "`, `optimistix.".join(kind.__name__ for kind in _OPTIMISTIX_SOLVERS)
+    accepted = "`, `optimistix.".join(kind.__name__ for kind in get_args(_Solver))
     raise TypeError(
         f"`solver` must be an instance of `optimistix.{accepted}` or "
         f"`diffrax.AbstractSolver`; got {solver!r}."
@@ -63,7 +60,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
     """
 
     cell: eqx.AbstractVar[Callable]
-    solver: eqx.AbstractVar[optx.AbstractIterativeSolver]
+    solver: eqx.AbstractVar[_Solver]
     adjoint: eqx.AbstractVar[optx.AbstractAdjoint]
     max_steps: eqx.AbstractVar[int]
     throw: eqx.AbstractVar[bool]
@@ -88,7 +85,9 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         if isinstance(self.max_steps, int):
             check_hyperparameter(self, "max_steps", self.max_steps >= 1, "at least 1")
         if isinstance(self.fixed_depth, int):
-            check_hyperparameter(self, "fixed_depth", self.fixed_depth >= 0, "at least 0")
+            check_hyperparameter(
+                self, "fixed_depth", self.fixed_depth >= 0, "at least 0"
+            )
 
     def __call__(
         self,
@@ -142,9 +141,9 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         """
         if not isinstance(self.fixed_depth, int):
             raise TypeError(
-                "`fixed_depth` decides what is compiled, so it must be a Python integer;"
-                f" got {self.fixed_depth!r}. Use `equinox.filter_jit` and the other "
-                "filtered transformations on models that hold an equilibrium layer."
+                "`fixed_depth` decides what is compiled, so it must be a Python "
+                f"integer; got {self.fixed_depth!r}. Use `equinox.filter_jit` and the "
+                "other filtered transformations on a model with an equilibrium layer."
             )
         z0 = self.start(x, key=key) if z0 is None else z0
         z0 = jtu.tree_map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), z0)
@@ -164,7 +163,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
 
     def _find(self, z0, arguments):
         adjoint = self.adjoint
-        if isinstance(self.solver, _MINIMISING_SOLVERS):
+        if isinstance(self.solver, _Minimising):
             adjoint = _ResidualAdjoint(adjoint)
         solution = optx.fixed_point(
             _call_cell,
@@ -226,7 +225,7 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     """
 
     cell: Callable
-    solver: optx.AbstractIterativeSolver = eqx.field(
+    solver: _Solver = eqx.field(
         default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=_as_solver
     )
     init: Callable[[Any], PyTree[Array]] | None = _keyword(None)
@@ -267,7 +266,7 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     """
 
     cell: Callable
-    solver: optx.AbstractIterativeSolver = eqx.field(
+    solver: _Solver = eqx.field(
         default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=_as_solver
     )
     init: Callable[[Any], PyTree[Array]] | None = _keyword(None)

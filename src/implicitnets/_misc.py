@@ -1,3 +1,4 @@
+import functools as ft
 from typing import Any
 
 import jax
@@ -62,7 +63,8 @@ def history_dot(
         products = entries.astype(dtype) * x.astype(dtype)[None]
         return jnp.sum(products, axis=tuple(range(1, entries.ndim)))
 
-    return sum(jtu.tree_leaves(jtu.tree_map(dot, history, vector)))
+    products = jtu.tree_leaves(jtu.tree_map(dot, history, vector))
+    return ft.reduce(jnp.add, products)
 
 
 def history_combine(

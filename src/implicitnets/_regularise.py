@@ -16,7 +16,7 @@ def skip_penalty(solution: EquilibriumSolution) -> Scalar:
 
     **Arguments:**
 
-    - `solution`: from a layer's `solve`; one under `vmap` gives the mean over the batch.
+    - `solution`: from a layer's `solve`; that of a batch gives the mean over it.
 
     **Returns:**
 

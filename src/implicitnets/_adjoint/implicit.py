@@ -19,7 +19,8 @@ class ImplicitAdjoint(optx.AbstractAdjoint):
 
     At a root $F(z^*, \theta) = 0$ the tangent of the root solves the linear system
 
-    $$\frac{\partial F}{\partial z} \dot z = - \frac{\partial F}{\partial \theta} \dot\theta$$
+    $$\frac{\partial F}{\partial z} \dot z
+    = - \frac{\partial F}{\partial \theta} \dot\theta$$
 
     and reverse mode solves the transposed system, at a memory cost that does not depend
     on how many steps the forward solve took (Bai et al., *Deep Equilibrium Models*,
@@ -78,7 +79,9 @@ def _implicit_root_jvp(primals, tangents):
     _, t_residual = jax.jvp(at_inputs, (differentiated,), (t_inputs,))
     # Linearised once: its products then cost no evaluation of the cell.
     _, jacobian = jax.linearize(lambda z: rewrite_fn(z, aux, inputs), root)
-    t_root = _solve(jacobian, jtu.tree_map(jnp.negative, t_residual), tags, linear_solver)
+    t_root = _solve(
+        jacobian, jtu.tree_map(jnp.negative, t_residual), tags, linear_solver
+    )
     t_aux = jax.custom_derivatives.zero_from_primal(aux, symbolic_zeros=True)
     return (root, aux), (t_root, t_aux)
 

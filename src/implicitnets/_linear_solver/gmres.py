@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +22,14 @@ from .._misc import (
 )
 
 
-# How many basis vectors a product is orthogonalised against at once: the block is read
-# for the inner products and again, from cache, for the subtraction.
-_BLOCK_SIZE = 4
-
 # Orthogonalise a second time if less than this share of a product was left: what is
 # left has then lost a digit to cancellation (Giraud et al., *The loss of orthogonality
 # in the Gram-Schmidt orthogonalization process*, 2005).
 _CANCELLATION = 0.1
+
+# A column of the triangular factor this many roundings long is none: the operator is
+# singular on the Krylov space.
+_SINGULAR = 10
 
 # A cycle that ends with more than this share of its residual has stagnated.
 _STAGNATION = 0.999
@@ -63,7 +62,8 @@ class GivensGMRES(lx.AbstractLinearSolver):
 
     - `rtol`: relative tolerance.
     - `atol`: absolute tolerance.
-    - `max_steps`: the largest number of products with the operator; `None` for no bound.
+    - `max_steps`: the largest number of products with the operator; `None` for no
+        bound.
     - `restart`: the dimension of the Krylov space, in memory `restart + 1` vectors.
     """
 
@@ -143,9 +143,9 @@ class GivensGMRES(lx.AbstractLinearSolver):
 
         def unfinished(residual_norm, num_steps, failed):
             active = (residual_norm > target) & ~failed
-            return active if self.max_steps is None else (
-                active & (num_steps < self.max_steps)
-            )
+            if self.max_steps is None:
+                return active
+            return active & (num_steps < self.max_steps)
 
         def solve_goes_on(solve):
             failed = solve.breakdown | solve.stagnation
@@ -167,11 +167,17 @@ class GivensGMRES(lx.AbstractLinearSolver):
                     cycle.breakdown | stagnation,
                 )
 
+            def step(cycle):
+                return _arnoldi_step(
+                    lambda x: product(precondition(x)),
+                    start_norm,
+                    cycle,
+                    cycle_goes_on(cycle),
+                )
+
             cycle = while_loop(
                 cycle_goes_on,
-                lambda cycle: _arnoldi_step(
-                    lambda x: product(precondition(x)), start_norm, cycle
-                ),
+                step,
                 _start_cycle(start, start_norm, solve.basis.value, restart),
             )
             correction = precondition(_combine_columns(cycle, start_norm))
@@ -186,7 +192,9 @@ class GivensGMRES(lx.AbstractLinearSolver):
                 basis=cycle.basis,
             )
 
-        num_rows = _BLOCK_SIZE * math.ceil((restart + 1) / _BLOCK_SIZE)
+        def empty_basis(x):
+            return jnp.zeros((restart + 1, *x.shape), dtype)
+
         solve = while_loop(
             solve_goes_on,
             run_cycle,
@@ -198,9 +206,7 @@ class GivensGMRES(lx.AbstractLinearSolver):
                 breakdown=jnp.array(False),
                 stagnation=jnp.array(False),
                 num_cycles=Unfrozen(jnp.array(0)),
-                basis=Unfrozen(
-                    jtu.tree_map(lambda x: jnp.zeros((num_rows, *x.shape), dtype), b)
-                ),
+                basis=Unfrozen(jtu.tree_map(empty_basis, b)),
             ),
         )
         result = lx.RESULTS.where(
@@ -254,14 +260,16 @@ class _Solve(eqx.Module):
 class _Cycle(eqx.Module):
     """The carry of the loop within a cycle: the Arnoldi basis, and the QR factors.
 
-    The Hessenberg matrix is `rotation.T @ triangle`. Nothing is read past an example's
-    `num_columns`, so that a finished example's basis and factors may go on changing.
+    Of the orthogonal factor a new rotation changes the last row only, so that a step
+    costs two rows of the small matrices and not the whole of them. Nothing is read past
+    an example's `num_columns`, so that a finished example's basis and factors may go on
+    changing.
     """
 
     basis: Unfrozen[PyTree[Array]]
-    rotation: Unfrozen[Float[Array, " rows rows"]]
-    triangle: Unfrozen[Float[Array, " columns columns"]]
-    rhs: Unfrozen[Float[Array, " columns"]]
+    hessenberg: Unfrozen[Float[Array, " columns rows"]]  # transposed
+    rotation: Unfrozen[Float[Array, " columns rows"]]
+    last_row: Unfrozen[Float[Array, " rows"]]
     column: Unfrozen[Int[Array, ""]]
     num_columns: Int[Array, ""]
     residual_norm: Scalar
@@ -280,11 +288,12 @@ def _divide(vector: PyTree[Array], norm: Scalar) -> PyTree[Array]:
 def _start_cycle(
     residual: PyTree[Array], norm: Scalar, basis: PyTree[Array], restart: int
 ) -> _Cycle:
+    rows = jnp.zeros((restart, restart + 1), norm.dtype)
     return _Cycle(
         basis=Unfrozen(history_set(basis, 0, _divide(residual, norm))),
-        rotation=Unfrozen(jnp.eye(restart + 1, dtype=norm.dtype)),
-        triangle=Unfrozen(jnp.eye(restart, dtype=norm.dtype)),
-        rhs=Unfrozen(jnp.zeros(restart, norm.dtype)),
+        hessenberg=Unfrozen(rows),
+        rotation=Unfrozen(rows),
+        last_row=Unfrozen(jnp.zeros(restart + 1, norm.dtype).at[0].set(1)),
         column=Unfrozen(jnp.array(0)),
         num_columns=jnp.array(0),
         residual_norm=norm,
@@ -293,100 +302,89 @@ def _start_cycle(
 
 
 def _arnoldi_step(
-    product: Callable[[PyTree[Array]], PyTree[Array]], start_norm: Scalar, cycle: _Cycle
+    product: Callable[[PyTree[Array]], PyTree[Array]],
+    start_norm: Scalar,
+    cycle: _Cycle,
+    active: Bool[Array, ""],
 ) -> _Cycle:
     j = cycle.column.value
     basis = cycle.basis.value
+    last_row = cycle.last_row.value
+    rows = jnp.arange(last_row.shape[0])
     newest = jtu.tree_map(
-        lambda rows: lax.dynamic_index_in_dim(rows, j, keepdims=False), basis
+        lambda vectors: lax.dynamic_index_in_dim(vectors, j, keepdims=False), basis
     )
     image = product(newest)
     image_norm = _norm(image)
-    image, projections = _orthogonalise(basis, image, j)
-    norm = _norm(image)
+    once = _orthogonalise(basis, image, rows <= j)
+    cancelled = active & (once[2] < _CANCELLATION * image_norm)
 
     def again():
-        image2, projections2 = _orthogonalise(basis, image, j)
-        return image2, projections + projections2, _norm(image2)
+        vector, projections, norm = _orthogonalise(basis, once[0], rows <= j)
+        twice = vector, once[1] + projections, norm
+        # By the example, so that none depends on its neighbours.
+        return jtu.tree_map(lambda x, y: jnp.where(cancelled, x, y), twice, once)
 
-    image, projections, norm = lax.cond(
-        eqxi.unvmap_any(norm < _CANCELLATION * image_norm),
-        again,
-        lambda: (image, projections, norm),
-    )
+    image, projections, norm = lax.cond(eqxi.unvmap_any(cancelled), again, lambda: once)
 
-    # The new column of the Hessenberg matrix, under all rotations so far, and then
-    # under the one that zeroes its last element.
-    rotation = cycle.rotation.value
-    num_rows = rotation.shape[0]
-    column = projections[:num_rows].at[j + 1].set(norm)
-    column = jnp.sum(rotation * column[None, :], axis=1)
-    upper, lower = column[j], column[j + 1]
-    radius = jnp.sqrt(upper**2 + lower**2)
+    # The rotation that zeroes the last element of the new column of the Hessenberg
+    # matrix, as the rotations before have left it.
+    upper = jnp.sum(last_row * projections)
+    radius = jnp.sqrt(upper**2 + norm**2)
     safe_radius = jnp.where(radius > 0, radius, 1)
     cos = jnp.where(radius > 0, upper / safe_radius, 1)
-    sin = jnp.where(radius > 0, lower / safe_radius, 0)
-    row_upper, row_lower = rotation[j], rotation[j + 1]
-    new_upper = cos * row_upper + sin * row_lower
-    new_lower = cos * row_lower - sin * row_upper
-    rotation = rotation.at[j].set(new_upper).at[j + 1].set(new_lower)
-    column = column.at[j].set(radius)
-    columns = jnp.arange(num_rows - 1)
-    column = jnp.where(columns <= j, column[:-1], 0)
-    eps = jnp.finfo(norm.dtype).eps
+    sin = jnp.where(radius > 0, norm / safe_radius, 0)
+    new_rotation = jnp.where(rows == j + 1, sin, cos * last_row)
+    new_last_row = jnp.where(rows == j + 1, cos, -sin * last_row)
+    column = jnp.where(rows == j + 1, norm, projections)
+    # The Krylov space maps into a smaller one, and the column adds nothing.
+    breakdown = radius <= _SINGULAR * jnp.finfo(norm.dtype).eps * image_norm
+    residual_norm = start_norm * jnp.abs(new_last_row[0])
     return _Cycle(
         basis=Unfrozen(history_set(basis, j + 1, _divide(image, norm))),
-        rotation=Unfrozen(rotation),
-        triangle=Unfrozen(cycle.triangle.value.at[:, j].set(column)),
-        rhs=Unfrozen(cycle.rhs.value.at[j].set(start_norm * new_upper[0])),
+        hessenberg=Unfrozen(history_set(cycle.hessenberg.value, j, column)),
+        rotation=Unfrozen(history_set(cycle.rotation.value, j, new_rotation)),
+        last_row=Unfrozen(new_last_row),
         column=Unfrozen(j + 1),
         num_columns=cycle.num_columns + 1,
-        residual_norm=start_norm * jnp.abs(new_lower[0]),
-        # The Krylov space maps into a smaller one: its best solution is the last
-        # column's, whose residual, unless it is at the target, says why it stopped.
-        breakdown=radius <= eps * image_norm,
+        residual_norm=jnp.where(breakdown, cycle.residual_norm, residual_norm),
+        breakdown=breakdown,
     )
 
 
 def _orthogonalise(
-    basis: PyTree[Array], vector: PyTree[Array], newest: Int[Array, ""]
-) -> tuple[PyTree[Array], Float[Array, " rows"]]:
-    """Block Gram-Schmidt against the basis up to its newest vector."""
-    num_rows = jtu.tree_leaves(basis)[0].shape[0]
-    offsets = jnp.arange(_BLOCK_SIZE)
-
-    def project(i, carry):
-        vector, projections = carry
-        first = i * _BLOCK_SIZE
-        block = jtu.tree_map(
-            lambda rows: lax.dynamic_slice_in_dim(rows, first, _BLOCK_SIZE), basis
-        )
-        inner = jnp.where(first + offsets <= newest, history_dot(block, vector), 0)
-        vector = jtu.tree_map(jnp.subtract, vector, history_combine(inner, block))
-        projections = lax.dynamic_update_slice_in_dim(projections, inner, first, axis=0)
-        return vector, projections
-
-    projections = jnp.zeros(num_rows, working_dtype(vector))
-    num_blocks = newest // _BLOCK_SIZE + 1
-    return lax.fori_loop(0, num_blocks, project, (vector, projections))
+    basis: PyTree[Array], vector: PyTree[Array], filled: Bool[Array, " rows"]
+) -> tuple[PyTree[Array], Float[Array, " rows"], Scalar]:
+    """Classical Gram-Schmidt: the vector, its projections, and the norm left over."""
+    # All of the basis at once, the part not filled yet included: two products with a
+    # matrix, which is faster than a loop over the part that is.
+    projections = jnp.where(filled, history_dot(basis, vector), 0)
+    span = history_combine(projections, basis)
+    vector = jtu.tree_map(jnp.subtract, vector, span)
+    return vector, projections, _norm(vector)
 
 
 def _combine_columns(cycle: _Cycle, start_norm: Scalar) -> PyTree[Array]:
     """The element of the Krylov space with the least residual: back substitution."""
-    triangle = cycle.triangle.value
-    restart = triangle.shape[0]
-    used = jnp.arange(restart) < cycle.num_columns
-    rhs = jnp.where(used, cycle.rhs.value, 0)
-    coefficients = jnp.zeros_like(rhs)
+    rotation = cycle.rotation.value
+    restart = rotation.shape[0]
+    columns = jnp.arange(restart)
+    triangle = jnp.dot(
+        rotation, cycle.hessenberg.value.T, precision=lax.Precision.HIGHEST
+    )
+    pivots = jnp.diagonal(triangle)
+    num_columns = cycle.num_columns - jnp.where(cycle.breakdown, 1, 0)
+    usable = (columns < num_columns) & (pivots != 0)
+    inverses = jnp.where(usable, 1 / jnp.where(usable, pivots, 1), 0)
+    coefficients = jnp.where(usable, start_norm * rotation[:, 0], 0)
 
     def substitute(i, coefficients):
-        row = restart - 1 - i
-        value = rhs[row] - jnp.sum(jnp.where(used, triangle[row], 0) * coefficients)
-        pivot = triangle[row, row]
-        usable = used[row] & (pivot != 0)
-        value = jnp.where(usable, value / jnp.where(pivot != 0, pivot, 1), 0)
-        return coefficients.at[row].set(value)
+        j = restart - 1 - i
+        value = coefficients[j] * inverses[j]
+        rest = coefficients - triangle[:, j] * value
+        coefficients = jnp.where(columns < j, rest, coefficients)
+        return jnp.where(columns == j, value, coefficients)
 
     coefficients = lax.fori_loop(0, restart, substitute, coefficients)
-    rows = jtu.tree_map(lambda x: x[:restart], cycle.basis.value)
-    return history_combine(coefficients, rows)
+    vectors = jtu.tree_map(lambda x: x[:restart], cycle.basis.value)
+    return history_combine(coefficients, vectors)

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -55,7 +54,9 @@ def solve_gram(
     """
     size = vector.shape[0]
     diagonal = jnp.diagonal(gram)
-    scale = jnp.where(diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
+    scale = jnp.where(
+        diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0
+    )
     system = scale[:, None] * gram * scale[None, :] + ridge * jnp.eye(
         size, dtype=gram.dtype
     )
@@ -67,7 +68,9 @@ def solve_gram(
         usable = pivot > 0.5 * ridge
         row = jnp.where(usable, system[i] / jnp.where(usable, pivot, 1), 0)
         system = jnp.where(
-            (index == i)[:, None], row[None, :], system - system[:, i, None] * row[None, :]
+            (index == i)[:, None],
+            row[None, :],
+            system - system[:, i, None] * row[None, :],
         )
     return scale * system[:, -1]
 

@@ -28,7 +28,7 @@ _NONEXPANSIVE_CHANGE = 2.0
 _STEPS_BEFORE_GOOD = 10
 # Quasi-Newton residuals are not monotone: a line search that asks for a decrease costs
 # more evaluations than it saves. It only has to catch the steps that go astray.
-_RESIDUAL_GROWTH = 6.0
+_RESIDUAL_GROWTH = 3.0
 _BACKTRACK = 0.25
 _MAX_BACKTRACKS = 10
 _SMALLEST_PIVOT = 1e-3
@@ -275,7 +275,7 @@ class Broyden(optx.AbstractRootFinder):
         step_square = tree_dot(memory.step, memory.step)
         change_square = tree_dot(change, change)
         usable = (num_steps > 0) & (step_square > 0) & (change_square > 0)
-        usable = usable & jnp.isfinite(change_square) & jnp.isfinite(step_square)
+        usable = usable & ~reject & jnp.isfinite(change_square) & jnp.isfinite(step_square)
         step_length = jnp.sqrt(jnp.where(usable, step_square, 1))
         change_length = jnp.sqrt(jnp.where(usable, change_square, 1))
         if self.good_update is None:

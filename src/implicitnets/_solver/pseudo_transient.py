@@ -5,7 +5,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._misc import check_hyperparameter
 
@@ -13,10 +13,10 @@ from .._misc import check_hyperparameter
 class PseudoTransient(dfx.AbstractStepSizeController):
     """A step-size controller made for steady states, where the path does not matter.
 
-    A controller with tolerances asks for the same accuracy all along the path. The
-    state comes to rest while its step size rests at the limit of stability, and so the
+    A controller with tolerances asks for the same accuracy all along the path. As the
+    state comes to rest, the step size comes to rest at the limit of stability, and the
     residual of an explicit solver hovers at the tolerance for ever. This one relates
-    the local error of a step to the motion in that step: what is stiff may be as wrong
+    the local error of a step to the motion in that step: what is fast may be as wrong
     as it likes as long as it decays as fast as everything else. So the step size
     settles where the fastest mode decays at the rate of the slowest, which is the best
     that a step size can do, at whatever distance from the steady state.
@@ -26,49 +26,43 @@ class PseudoTransient(dfx.AbstractStepSizeController):
     `safety * limit` times as long, within the bounds of `factormin` and `factormax`. A
     step that should have been less than half as long is rejected and made again.
 
-    Works in `diffrax.diffeqsolve` too (without tolerances of its own, so give them to
-    `diffrax.steady_state_event`).
+    For explicit solvers, in [`implicitnets.SteadyState`][] and in
+    `diffrax.diffeqsolve` (where `diffrax.steady_state_event` then needs tolerances of
+    its own).
+
+    ??? info "How it compares"
+
+        Evaluations (mean and largest over the batch) until the relative residual of
+        every example is below `1e-4`, `dfx.Tsit5()` on the cell `tanh(W z + x)`, 256
+        dimensions, spectral radius 0.9, a batch of 128.
+
+        | controller | evaluations |
+        |---|---|
+        | `PseudoTransient()` | 143, 157 |
+        | `PIDController(1e-6, 1e-6)` | 216, 241 |
+        | `PIDController(1e-5, 1e-5)` | 206, 319 |
+        | `PIDController(1e-4, 1e-4)` | never |
+        | constant steps of 1.7, 1.5, 1 | 144, 163; 163, 181; 242, 271 |
+        | constant steps of 2 | never |
 
     **Arguments:**
 
-    - `safety`: the step size to use, as a fraction of that limit. Infinity lets the
-        step size grow by `factormax` for as long as the steps succeed, which suits the
-        implicit solvers: they are stable at any step size and turn into Newton's method
-        (this is pseudo-transient continuation in its usual form).
+    - `safety`: the step size to use, as a fraction of that limit.
     - `factormin`, `factormax`: the least and the most that a step size may change by in
         a step. A step that failed is made again with `factormin` times its size.
-    - `dtmax`: the largest step size.
     - `norm`: measures the motion and the error.
-
-    ??? cite "References"
-
-        The growing step sizes are those of
-
-        ```bibtex
-        @article{kelley1998convergence,
-          title={Convergence analysis of pseudo-transient continuation},
-          author={Kelley, C. T. and Keyes, David E.},
-          journal={SIAM Journal on Numerical Analysis},
-          volume={35},
-          number={2},
-          pages={508--523},
-          year={1998}
-        }
-        ```
     """
 
     safety: float = 0.5
     factormin: float = 0.25
     factormax: float = 2.0
-    dtmax: float = 1e6
     norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
 
     def __check_init__(self):
         bounds = {
             "safety": (lambda x: x > 0, "positive"),
             "factormin": (lambda x: 0 < x < 1, "between 0 and 1"),
-            "factormax": (lambda x: x >= 1, "at least 1"),
-            "dtmax": (lambda x: x > 0, "positive"),
+            "factormax": (lambda x: x > 1, "larger than 1"),
         }
         for name, (is_valid, allowed) in bounds.items():
             value = getattr(self, name)
@@ -93,16 +87,30 @@ class PseudoTransient(dfx.AbstractStepSizeController):
                 "`PseudoTransient` needs a solver that estimates its error and knows "
                 "its order."
             )
-        # Not a differentiable function where the error is zero, and not worth being one
-        # anywhere else.
+        # Not differentiable where the error is zero, and not worth it elsewhere.
         y0, y1, y_error = lax.stop_gradient((y0, y1_candidate, y_error))
         motion = self.norm(jtu.tree_map(jnp.subtract, y1, y0))
         error = self.norm(y_error)
         limit = jnp.where(error == 0, jnp.inf, (motion / error) ** (1 / error_order))
-        # Also where it is NaN, for what has overflowed.
-        factor = jnp.where(limit > 0, self.safety * limit, 0)
+        keep, start, end = self.scale_step(t0, t1, self.safety * limit)
+        return keep, start, end, False, controller_state, dfx.RESULTS.successful
+
+    def scale_step(
+        self, t0: Scalar, t1: Scalar, factor: Scalar
+    ) -> tuple[Bool[Array, ""], Scalar, Scalar]:
+        """Accept or reject a step by what its size should be multiplied with.
+
+        **Arguments:**
+
+        - `t0`, `t1`: the step.
+        - `factor`: the factor. A NaN counts as zero.
+
+        **Returns:**
+
+        Whether to accept the step, and the start and the end of the next one.
+        """
+        factor = jnp.where(factor > 0, factor, 0).astype(t1.dtype)
         keep = factor >= 0.5
-        factor = jnp.clip(factor, self.factormin, self.factormax)
-        dt = jnp.minimum((t1 - t0) * factor.astype(t1.dtype), self.dtmax)
         start = jnp.where(keep, t1, t0)
-        return keep, start, start + dt, False, controller_state, dfx.RESULTS.successful
+        dt = (t1 - t0) * jnp.clip(factor, self.factormin, self.factormax)
+        return keep, start, start + dt

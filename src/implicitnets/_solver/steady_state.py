@@ -20,10 +20,12 @@ from .progress import Progress, start_progress
 from .pseudo_transient import PseudoTransient
 
 
-# A step over which the residual grows by more than this is one that has left the region
-# of stability, whatever its error estimate says. Far above what the flow of a
-# non-normal system grows by for a while, which is less than twofold a step.
-_EXPLOSION = 10.0
+# A step over which the residual grows by more than this has left the region of
+# stability, whatever its error estimate says. An explicit solver gains from stepping
+# over that limit now and then, as the modes that it excites are the first to decay. If
+# the residual of an implicit solver grows, its inner solve has gone astray.
+_EXPLICIT_GROWTH = 10.0
+_IMPLICIT_GROWTH = 2.0
 
 
 class _Integration(eqx.Module):
@@ -55,11 +57,11 @@ class SteadyState(optx.AbstractRootFinder):
 
     The flow converges if every eigenvalue of the Jacobian of `F` has a negative real
     part; for a fixed point, every eigenvalue of the Jacobian of `f` a real part below
-    one, which is a weaker condition than that of fixed-point iteration.
+    one, which is less than what fixed-point iteration asks for.
 
-    A step is rejected where it gives values that are not finite, or a residual more
-    than ten times that at its start. If the step size comes down to nothing, so that
-    the tolerance seems out of reach, the result is `stagnation`.
+    A step is rejected where it gives values that are not finite or a residual many
+    times that at its start. If the step size comes down to nothing, so that the
+    tolerance seems out of reach, the result is `stagnation`.
 
     The statistics are `num_accepted_steps`, `num_rejected_steps`, `final_time` and, for
     the explicit Runge-Kutta methods, `diffrax.Euler` and [`implicitnets.VCABM3`][],
@@ -67,9 +69,9 @@ class SteadyState(optx.AbstractRootFinder):
     take is not known.
 
     An implicit solver factorises the Jacobian, a dense matrix of the size of the state,
-    in every step (with Diffrax' default root finder, whose tolerances are set here to a
-    fraction of the current residual unless you have set them). That takes very few
-    steps, at a cost that only a small state is worth.
+    in every step (with Diffrax' default root finder, whose tolerances are set here to
+    the current residual unless you have set them). That takes very few steps, each at a
+    cost that only a small state is worth.
 
     **Arguments:**
 
@@ -77,11 +79,29 @@ class SteadyState(optx.AbstractRootFinder):
     - `rtol`, `atol`: the tolerances of the stopping rule.
     - `norm`: the norm of the stopping rule.
     - `stepsize_controller`: any Diffrax step-size controller. The default is
-        [`implicitnets.PseudoTransient`][], for an implicit solver with its step size
-        not bounded by the error. With tolerances of its own, as
-        `diffrax.PIDController` has, a controller has to follow the path more closely
-        than `rtol` and `atol` for the residual to reach these.
+        [`implicitnets.PseudoTransient`][] for an explicit solver. For an implicit one,
+        which is stable at any step size, it is switched evolution relaxation: the step
+        size grows as the residual falls, twofold a step at the most, until the solver
+        becomes Newton's method. A controller with tolerances of its own, as
+        `diffrax.PIDController` has, gets an explicit solver to a residual of about
+        these, so choose them a good deal smaller than `rtol` and `atol`.
     - `dt0`: the size of the first step. The time scale of `f(z) - z` is 1.
+
+    ??? cite "References"
+
+        Switched evolution relaxation, and why it converges:
+
+        ```bibtex
+        @article{kelley1998convergence,
+          title={Convergence analysis of pseudo-transient continuation},
+          author={Kelley, C. T. and Keyes, David E.},
+          journal={SIAM Journal on Numerical Analysis},
+          volume={35},
+          number={2},
+          pages={508--523},
+          year={1998}
+        }
+        ```
     """
 
     ode_solver: dfx.AbstractSolver
@@ -111,7 +131,7 @@ class SteadyState(optx.AbstractRootFinder):
         field = _vector_field(fn, y)(None, z, args)
         terms = dfx.ODETerm(_vector_field(fn, y, known=(z, field)))
         start = jnp.zeros((), dtype)
-        end, controller_state = self._controller().init(
+        end, controller_state = self._controller.init(
             terms,
             start,
             jnp.array(jnp.inf, dtype),
@@ -157,25 +177,31 @@ class SteadyState(optx.AbstractRootFinder):
         if error is None:
             error = _trapezoidal_error(z0, z1, f0, f1, state.end - state.start)
             order = 2
+        growth = self.norm(f1) / self.norm(f0)
         usable = (
             (solver_result == dfx.RESULTS.successful)
             & tree_all_finite((f1, error))
-            & (self.norm(f1) <= _EXPLOSION * self.norm(f0))
+            & (growth <= (_IMPLICIT_GROWTH if self._is_implicit else _EXPLICIT_GROWTH))
         )
-        error = jtu.tree_map(lambda x: jnp.where(usable, x, jnp.inf), error)
 
-        keep, start, end, _, controller_state, result = (
-            self._controller().adapt_step_size(
-                state.start,
-                state.end,
-                z0,
-                z1,
-                args,
-                error,
-                order,
-                integration.controller_state,
+        if self.stepsize_controller is None and self._is_implicit:
+            keep, start, end = PseudoTransient().scale_step(
+                state.start, state.end, jnp.where(usable, 1 / growth, 0)
             )
-        )
+            controller_state, control_result = None, dfx.RESULTS.successful
+        else:
+            keep, start, end, _, controller_state, control_result = (
+                self._controller.adapt_step_size(
+                    state.start,
+                    state.end,
+                    z0,
+                    z1,
+                    args,
+                    jtu.tree_map(lambda x: jnp.where(usable, x, jnp.inf), error),
+                    order,
+                    integration.controller_state,
+                )
+            )
         keep = jnp.asarray(keep)
         dt_min = jnp.finfo(start.dtype).eps * jnp.asarray(self.dt0, start.dtype)
         progress = self._judge(state.progress, new_y, f1)
@@ -186,7 +212,8 @@ class SteadyState(optx.AbstractRootFinder):
             progress=_where(count, progress, state.progress),
             start=start,
             end=end,
-            stuck=(end - start <= dt_min) | (result != dfx.RESULTS.successful),
+            stuck=~(end - start > dt_min)
+            | (control_result != dfx.RESULTS.successful),
             num_accepted_steps=state.num_accepted_steps + jnp.where(keep, 1, 0),
             num_rejected_steps=state.num_rejected_steps + jnp.where(keep, 0, 1),
             integration=Unfrozen(
@@ -236,19 +263,20 @@ class SteadyState(optx.AbstractRootFinder):
             y, f, field, rtol=self.rtol, atol=self.atol, norm=self.norm
         )
 
+    @property
+    def _is_implicit(self):
+        return isinstance(self.ode_solver, dfx.AbstractImplicitSolver)
+
+    @property
     def _controller(self):
-        controller = self.stepsize_controller
-        if controller is None:
-            if isinstance(self.ode_solver, dfx.AbstractImplicitSolver):
-                controller = PseudoTransient(safety=float("inf"))
-            else:
-                controller = PseudoTransient()
-        return controller.wrap(1)
+        if self.stepsize_controller is None:
+            return PseudoTransient()
+        return self.stepsize_controller.wrap(1)
 
     def _inner_solver(self, state):
         """The ODE solver, its root finder, if any, with tolerances."""
         solver = self.ode_solver
-        if not isinstance(solver, dfx.AbstractImplicitSolver):
+        if not self._is_implicit:
             return solver
         # Relative to the residual at the start of the step. Diffrax' root finder goes for
         # a hundredth of that. Asked for less it runs into its limit of steps, as it
