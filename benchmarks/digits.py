@@ -7,20 +7,25 @@ three seeds.
 import pathlib
 import sys
 import typing
+from types import ModuleType
 
 import numpy as np
 
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "docs" / "tutorials"))
-
-import mnist  # noqa: E402
-
-
+TUTORIALS = pathlib.Path(__file__).parent.parent / "docs" / "tutorials"
 NUM_SEEDS = 3
 
 
+def import_tutorial() -> ModuleType:
+    """The tutorial's code, which is a script and in no package."""
+    sys.path.insert(0, str(TUTORIALS))
+    import mnist
+
+    return mnist
+
+
 def main() -> None:
+    mnist = import_tutorial()
     train_set, test_set = mnist.load(mnist.Config())
     print("model type   test accuracy  of each seed         evaluations  seconds a run")
     for model_type in typing.get_args(mnist.ModelType):

@@ -27,9 +27,11 @@ from .._misc import (
 # in the Gram-Schmidt orthogonalization process*, 2005).
 _CANCELLATION = 0.1
 
-# A column of the triangular factor this many roundings long is none: the operator is
-# singular on the Krylov space.
+# A column of the triangular factor this many roundings long is none.
 _SINGULAR = 10
+
+# By how many roundings of its largest term a combination of columns may be off.
+_ROUNDINGS = 4
 
 # A cycle that ends with more than this share of its residual has stagnated.
 _STAGNATION = 0.999
@@ -141,31 +143,21 @@ class GivensGMRES(lx.AbstractLinearSolver):
             residual = b
             num_steps = jnp.array(0)
 
-        def unfinished(residual_norm, num_steps, failed):
-            active = (residual_norm > target) & ~failed
-            if self.max_steps is None:
-                return active
-            return active & (num_steps < self.max_steps)
+        def within_budget(num_steps):
+            return True if self.max_steps is None else num_steps < self.max_steps
 
         def solve_goes_on(solve):
-            failed = solve.breakdown | solve.stagnation
-            return unfinished(solve.residual_norm, solve.num_steps, failed)
+            unfinished = ~solve.verified | (solve.residual_norm > target)
+            return unfinished & ~solve.stagnation & within_budget(solve.num_steps)
 
         def run_cycle(solve):
-            is_first = solve.num_cycles.value == 0
-            start = lax.cond(
-                is_first, lambda: residual, lambda: residual_at(solve.solution)
-            )
-            num_steps = solve.num_steps + jnp.where(is_first, 0, 1)
-            start_norm = _norm(start)
-            stagnation = start_norm > _STAGNATION * solve.start_norm
+            start_norm = solve.residual_norm
 
             def cycle_goes_on(cycle):
-                return (cycle.column.value < restart) & unfinished(
-                    cycle.residual_norm,
-                    num_steps + cycle.num_columns,
-                    cycle.breakdown | stagnation,
-                )
+                unfinished = (cycle.residual_norm > target) & ~cycle.exhausted
+                room = cycle.column.value < restart
+                num_steps = solve.num_steps + cycle.num_columns
+                return unfinished & room & within_budget(num_steps)
 
             def step(cycle):
                 return _arnoldi_step(
@@ -178,16 +170,40 @@ class GivensGMRES(lx.AbstractLinearSolver):
             cycle = while_loop(
                 cycle_goes_on,
                 step,
-                _start_cycle(start, start_norm, solve.basis.value, restart),
+                _start_cycle(solve.residual, start_norm, solve.basis.value, restart),
             )
-            correction = precondition(_combine_columns(cycle, start_norm))
+            combination, rounding_error = _combine(cycle, start_norm)
+            new_solution = jtu.tree_map(
+                jnp.add, solve.solution, precondition(combination)
+            )
+            num_steps = solve.num_steps + cycle.num_columns
+
+            # The rotations tell the residual of exact arithmetic. That is as good as
+            # the true one, which costs a product, unless there was much to round.
+            trusted = ("y0" not in options) & (solve.num_cycles.value == 0)
+            accurate = rounding_error <= target
+            verified = trusted & accurate & (cycle.residual_norm <= target)
+            check = ~verified & within_budget(num_steps)
+            new_residual = lax.cond(
+                eqxi.unvmap_any(check),
+                lambda: residual_at(new_solution),
+                lambda: solve.residual,
+            )
+            new_norm = jnp.where(check, _norm(new_residual), cycle.residual_norm)
+            stagnation = check & ~(new_norm <= _STAGNATION * start_norm)
+            new = new_solution, new_residual, new_norm
+            old = solve.solution, solve.residual, start_norm
+            new_solution, new_residual, new_norm = jtu.tree_map(
+                lambda x, y: jnp.where(stagnation, y, x), new, old
+            )
             return _Solve(
-                solution=jtu.tree_map(jnp.add, solve.solution, correction),
-                residual_norm=cycle.residual_norm,
-                start_norm=start_norm,
-                num_steps=num_steps + cycle.num_columns,
-                breakdown=cycle.breakdown,
+                solution=new_solution,
+                residual=new_residual,
+                residual_norm=new_norm,
+                num_steps=num_steps + jnp.where(check, 1, 0),
+                verified=verified | check,
                 stagnation=stagnation,
+                singular=cycle.exhausted | ~accurate,
                 num_cycles=Unfrozen(solve.num_cycles.value + 1),
                 basis=cycle.basis,
             )
@@ -200,22 +216,24 @@ class GivensGMRES(lx.AbstractLinearSolver):
             run_cycle,
             _Solve(
                 solution=solution,
+                residual=residual,
                 residual_norm=_norm(residual),
-                start_norm=jnp.array(jnp.inf, dtype),
                 num_steps=num_steps,
-                breakdown=jnp.array(False),
+                verified=jnp.array(True),
                 stagnation=jnp.array(False),
+                singular=jnp.array(False),
                 num_cycles=Unfrozen(jnp.array(0)),
                 basis=Unfrozen(jtu.tree_map(empty_basis, b)),
             ),
         )
+        # Of NaN, and of infinity, no comparison with the target tells.
+        finite = jnp.isfinite(solve.residual_norm)
+        converged = finite & solve.verified & (solve.residual_norm <= target)
+        broken = (solve.stagnation & solve.singular) | ~finite
         result = lx.RESULTS.where(
             solve.stagnation, lx.RESULTS.stagnation, lx.RESULTS.max_steps_reached
         )
-        # Not `residual_norm > target`, which is false for NaN.
-        broken = solve.breakdown | ~jnp.isfinite(solve.residual_norm)
         result = lx.RESULTS.where(broken, lx.RESULTS.breakdown, result)
-        converged = solve.residual_norm <= target
         result = lx.RESULTS.where(converged, lx.RESULTS.successful, result)
         stats = {"num_steps": solve.num_steps, "residual_norm": solve.residual_norm}
         return narrow(solve.solution), result, stats
@@ -248,11 +266,12 @@ class _Solve(eqx.Module):
     """The carry of the loop over restart cycles."""
 
     solution: PyTree[Array]
+    residual: PyTree[Array]
     residual_norm: Scalar
-    start_norm: Scalar
     num_steps: Int[Array, ""]
-    breakdown: Bool[Array, ""]
+    verified: Bool[Array, ""]
     stagnation: Bool[Array, ""]
+    singular: Bool[Array, ""]
     num_cycles: Unfrozen[Int[Array, ""]]
     basis: Unfrozen[PyTree[Array]]
 
@@ -273,7 +292,7 @@ class _Cycle(eqx.Module):
     column: Unfrozen[Int[Array, ""]]
     num_columns: Int[Array, ""]
     residual_norm: Scalar
-    breakdown: Bool[Array, ""]
+    exhausted: Bool[Array, ""]
 
 
 def _norm(vector: PyTree[Array]) -> Scalar:
@@ -297,7 +316,7 @@ def _start_cycle(
         column=Unfrozen(jnp.array(0)),
         num_columns=jnp.array(0),
         residual_norm=norm,
-        breakdown=jnp.array(False),
+        exhausted=jnp.array(False),
     )
 
 
@@ -337,9 +356,6 @@ def _arnoldi_step(
     new_rotation = jnp.where(rows == j + 1, sin, cos * last_row)
     new_last_row = jnp.where(rows == j + 1, cos, -sin * last_row)
     column = jnp.where(rows == j + 1, norm, projections)
-    # The Krylov space maps into a smaller one, and the column adds nothing.
-    breakdown = radius <= _SINGULAR * jnp.finfo(norm.dtype).eps * image_norm
-    residual_norm = start_norm * jnp.abs(new_last_row[0])
     return _Cycle(
         basis=Unfrozen(history_set(basis, j + 1, _divide(image, norm))),
         hessenberg=Unfrozen(history_set(cycle.hessenberg.value, j, column)),
@@ -347,8 +363,9 @@ def _arnoldi_step(
         last_row=Unfrozen(new_last_row),
         column=Unfrozen(j + 1),
         num_columns=cycle.num_columns + 1,
-        residual_norm=jnp.where(breakdown, cycle.residual_norm, residual_norm),
-        breakdown=breakdown,
+        residual_norm=start_norm * jnp.abs(new_last_row[0]),
+        # The Krylov space maps into a smaller one.
+        exhausted=radius <= _SINGULAR * jnp.finfo(norm.dtype).eps * image_norm,
     )
 
 
@@ -364,19 +381,21 @@ def _orthogonalise(
     return vector, projections, _norm(vector)
 
 
-def _combine_columns(cycle: _Cycle, start_norm: Scalar) -> PyTree[Array]:
-    """The element of the Krylov space with the least residual: back substitution."""
-    rotation = cycle.rotation.value
+def _combine(cycle: _Cycle, start_norm: Scalar) -> tuple[PyTree[Array], Scalar]:
+    """The element of the Krylov space with the least residual: back substitution.
+
+    **Returns:**
+
+    The element, and a bound on how far rounding puts its residual off.
+    """
+    hessenberg, rotation = cycle.hessenberg.value, cycle.rotation.value
     restart = rotation.shape[0]
     columns = jnp.arange(restart)
-    triangle = jnp.dot(
-        rotation, cycle.hessenberg.value.T, precision=lax.Precision.HIGHEST
-    )
+    triangle = jnp.dot(rotation, hessenberg.T, precision=lax.Precision.HIGHEST)
     pivots = jnp.diagonal(triangle)
-    num_columns = cycle.num_columns - jnp.where(cycle.breakdown, 1, 0)
+    num_columns = cycle.num_columns - jnp.where(cycle.exhausted, 1, 0)
     usable = (columns < num_columns) & (pivots != 0)
     inverses = jnp.where(usable, 1 / jnp.where(usable, pivots, 1), 0)
-    coefficients = jnp.where(usable, start_norm * rotation[:, 0], 0)
 
     def substitute(i, coefficients):
         j = restart - 1 - i
@@ -385,6 +404,10 @@ def _combine_columns(cycle: _Cycle, start_norm: Scalar) -> PyTree[Array]:
         coefficients = jnp.where(columns < j, rest, coefficients)
         return jnp.where(columns == j, value, coefficients)
 
+    coefficients = jnp.where(usable, start_norm * rotation[:, 0], 0)
     coefficients = lax.fori_loop(0, restart, substitute, coefficients)
+    image_norms = jnp.sqrt(jnp.sum(hessenberg**2, axis=1))
+    largest = jnp.max(jnp.abs(coefficients) * image_norms)
+    rounding_error = _ROUNDINGS * jnp.finfo(pivots.dtype).eps * largest
     vectors = jtu.tree_map(lambda x: x[:restart], cycle.basis.value)
-    return history_combine(coefficients, vectors)
+    return history_combine(coefficients, vectors), rounding_error

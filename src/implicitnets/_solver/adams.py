@@ -103,9 +103,7 @@ class VCABM3(dfx.AbstractAdaptiveSolver):
                 lambda: f0,
             )
             old = old & ~jnp.asarray(made_jump)
-        d0 = jtu.tree_map(
-            lambda d: jnp.where(old, d, 0), solver_state.difference
-        )
+        d0 = jtu.tree_map(lambda d: jnp.where(old, d, 0), solver_state.difference)
         # Signed: negative when integrating backwards in time.
         h = terms.contr(t0, t1)
         p = solver_state.previous_dt

@@ -22,16 +22,16 @@ from .._misc import (
 from .progress import Progress, start_progress
 
 
-# The residual of a nonexpansive `f` changes by at most twice the length of a step.
-_NONEXPANSIVE_CHANGE = 2.0
-# The bad update minimises residuals, and can come to rest where there is no root.
-_STEPS_BEFORE_GOOD = 10
-# Quasi-Newton residuals are not monotone: a line search that asks for a decrease costs
-# more evaluations than it saves. It only has to catch the steps that go astray.
-_RESIDUAL_GROWTH = 3.0
+# With only bad updates, iterates on an expansive map often come to rest where there is
+# no root, and good ones get them out. Sooner than this costs contractions evaluations.
+_STALLED_BEFORE_GOOD = 10
+# Residuals of quasi-Newton methods are not monotone: a line search that asks for a
+# decrease fails where none at all does not. This one is for steps that go astray.
+_MAX_GROWTH = 3.0
 _BACKTRACK = 0.25
 _MAX_BACKTRACKS = 10
-_SMALLEST_PIVOT = 1e-3
+# Relative to the lengths of the two vectors of the pair.
+_MIN_PIVOT = 1e-3
 
 
 class _Memory(eqx.Module):
@@ -94,7 +94,7 @@ def _solve(
 
     def eliminate(i, system):
         pivot = system[i, i]
-        usable = jnp.abs(pivot) > _SMALLEST_PIVOT
+        usable = jnp.abs(pivot) > _MIN_PIVOT
         row = jnp.where(usable, system[i] / jnp.where(usable, pivot, 1), 0)
         rest = system - system[:, i, None] * row[None, :]
         return jnp.where((index == i)[:, None], row[None, :], rest)
@@ -232,7 +232,7 @@ class Broyden(optx.AbstractRootFinder):
 
         residual_norm = self.norm(residual)
         # Not `>`: a NaN is a step gone astray as well.
-        reject = ~(residual_norm <= _RESIDUAL_GROWTH * memory.residual_norm)
+        reject = ~(residual_norm <= _MAX_GROWTH * memory.residual_norm)
         reject = reject & (num_steps > 0) & (memory.num_backtracks < _MAX_BACKTRACKS)
         reject = reject & self.line_search
         progress = eqx.tree_at(
@@ -270,77 +270,73 @@ class Broyden(optx.AbstractRootFinder):
         reject: Bool[Array, ""],
         num_stalled: Int[Array, ""],
     ) -> tuple[_Memory, PyTree[Array]]:
-        """Learn from one evaluation, also if the step to it is rejected."""
+        """Learn from one evaluation; where to go next from the accepted iterate."""
+        m = self.history_size
         change = jtu.tree_map(jnp.subtract, residual, memory.residual)
         step_square = tree_dot(memory.step, memory.step)
         change_square = tree_dot(change, change)
-        usable = (num_steps > 0) & (step_square > 0) & (change_square > 0)
-        usable = usable & ~reject & jnp.isfinite(change_square) & jnp.isfinite(step_square)
-        step_length = jnp.sqrt(jnp.where(usable, step_square, 1))
-        change_length = jnp.sqrt(jnp.where(usable, change_square, 1))
+        product = tree_dot(memory.step, change)
+        # A pair that is not usable is stored as zeros, which no one divides by.
+        usable = (num_steps > 0) & ~reject & (step_square > 0) & (change_square > 0)
+        usable = usable & jnp.isfinite(step_square) & jnp.isfinite(change_square)
+        step_scale = 1 / jnp.sqrt(jnp.where(usable, step_square, 1))
+        change_scale = 1 / jnp.sqrt(jnp.where(usable, change_square, 1))
         if self.good_update is None:
-            expansive = change_length > _NONEXPANSIVE_CHANGE * step_length
-            good = usable & (expansive | (num_stalled >= _STEPS_BEFORE_GOOD))
+            expansive = change_square > 4 * step_square
+            good = expansive | (num_stalled >= _STALLED_BEFORE_GOOD)
         else:
-            good = usable & self.good_update
+            good = jnp.array(self.good_update)
+        good = good & usable
 
-        slot = (num_steps - 1) % self.history_size
-        q = jtu.tree_map(
-            lambda s, y: jnp.where(
-                usable, jnp.where(good, s / step_length, y / change_length), 0
-            ),
-            memory.step,
-            change,
-        )
-        w = jtu.tree_map(
-            lambda s, y: jnp.where(usable, (s + y) / change_length, 0),
-            memory.step,
-            change,
-        )
+        def project(s, y):
+            q = jnp.where(good, step_scale * s, change_scale * y)
+            return jnp.where(usable, q, 0)
+
+        def correct(s, y):
+            return jnp.where(usable, change_scale * (s + y), 0)
+
+        slot = (num_steps - 1) % m
+        q = jtu.tree_map(project, memory.step, change)
+        w = jtu.tree_map(correct, memory.step, change)
         q_history = history_set(memory.q, slot, q)
         w_history = history_set(memory.w, slot, w)
         is_good = _shift(memory.is_good, good)
 
-        projections = jnp.roll(history_dot(q_history, residual), -(slot + 1))
-        cosine = tree_dot(memory.step, change) / (step_length * change_length)
-        corner = jnp.where(usable, jnp.where(good, cosine, 1), 0)
-        # The new column is `Q y / |y|`. Between the projections of two residuals it
-        # costs no pass over the history.
-        old_projections = _shift(memory.projections, 0)
-        column = jnp.where(usable, (projections - old_projections) / change_length, 0)
-        column = column.at[-1].set(corner)
-        old_projections = old_projections.at[-1].set(
-            jnp.where(usable, projections[-1] - corner * change_length, 0)
-        )
-        base_projections = jnp.where(reject, old_projections, projections)
+        projections = jnp.roll(history_dot(q_history, residual), -slot - 1)
+        base_projections = _shift(memory.projections, jnp.zeros_like(product))
+        # The new column is `Q y / |y|`, which as a difference of the projections of two
+        # residuals costs no pass over the history.
+        column = jnp.where(usable, change_scale * (projections - base_projections), 0)
+        corner = jnp.where(good, step_scale * change_scale * product, 1)
+        column = column.at[-1].set(jnp.where(usable, corner, 0))
+        base_projections = jnp.where(reject, base_projections, projections)
 
-        # The inverse of the upper triangle with ones for its diagonal. Dropping its
-        # first row and column drops the oldest pair, so it is never made anew.
+        # The inverse of the upper triangle if its diagonal were of ones, as it is with
+        # bad updates only. What remains when its first row and column are dropped is
+        # the inverse of what remains of the matrix, so it is never computed anew.
         zeros = jnp.zeros_like(column)
         inverse = _border(memory.inverse, zeros, zeros)
         inverse_column = -_matvec(inverse, column)
-        inverse = inverse.at[:, -1].set(
-            inverse_column.at[-1].set(usable.astype(column.dtype))
-        )
+        inverse_column = inverse_column.at[-1].set(jnp.where(usable, 1, 0))
+        inverse = _border(memory.inverse, zeros, inverse_column)
 
         def only_bad():
-            matrix = _border(memory.matrix, zeros, column)
-            return matrix, _matvec(inverse, base_projections)
+            return zeros, _matvec(inverse, base_projections)
 
         def some_good():
-            row = jnp.roll(history_dot(w_history, q), -(slot + 1))
-            matrix = _border(memory.matrix, jnp.where(good, row, 0), column)
-            return matrix, _solve(matrix, base_projections)
+            row = step_scale * history_dot(w_history, memory.step)
+            row = jnp.where(good, jnp.roll(row, -slot - 1), 0)
+            matrix = _border(memory.matrix, row, column)
+            return row, _solve(matrix, base_projections)
 
-        # Over the whole batch, as a `cond` on one example would compute both branches.
-        matrix, weights = jax.lax.cond(
-            eqxi.unvmap_any(jnp.any(is_good)), some_good, only_bad
-        )
+        # Asked of the whole batch: a batched predicate would have both branches run.
+        any_good = eqxi.unvmap_any(jnp.any(is_good))
+        row, weights = jax.lax.cond(any_good, some_good, only_bad)
         weights = jnp.where(jnp.all(jnp.isfinite(weights)), weights, 0)
+        correction = history_combine(jnp.roll(weights, slot + 1), w_history)
         base_residual = jtu.tree_map(
             lambda new, old: jnp.where(reject, old, new), residual, memory.residual
         )
-        correction = history_combine(jnp.roll(weights, slot + 1), w_history)
         direction = jtu.tree_map(jnp.subtract, base_residual, correction)
         new_memory = _Memory(
             step=memory.step,
@@ -349,7 +345,7 @@ class Broyden(optx.AbstractRootFinder):
             projections=base_projections,
             q=q_history,
             w=w_history,
-            matrix=matrix,
+            matrix=_border(memory.matrix, row, column),
             inverse=inverse,
             is_good=is_good,
             num_stalled=num_stalled,

@@ -5,7 +5,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
 from .._misc import check_hyperparameter
 
@@ -26,9 +26,13 @@ class PseudoTransient(dfx.AbstractStepSizeController):
     `safety * limit` times as long, within the bounds of `factormin` and `factormax`. A
     step that should have been less than half as long is rejected and made again.
 
-    For explicit solvers, in [`implicitnets.SteadyState`][] and in
-    `diffrax.diffeqsolve` (where `diffrax.steady_state_event` then needs tolerances of
-    its own).
+    An implicit solver is stable at any step size, and large steps make it Newton's
+    method. In [`implicitnets.SteadyState`][], which knows the residual, its steps also
+    grow by the factor by which the residual falls, if that is more (switched evolution
+    relaxation), and do not grow while the residual does.
+
+    Works in `diffrax.diffeqsolve` too (where `diffrax.steady_state_event` then needs
+    tolerances of its own).
 
     ??? info "How it compares"
 
@@ -51,11 +55,27 @@ class PseudoTransient(dfx.AbstractStepSizeController):
     - `factormin`, `factormax`: the least and the most that a step size may change by in
         a step. A step that failed is made again with `factormin` times its size.
     - `norm`: measures the motion and the error.
+
+    ??? cite "References"
+
+        Switched evolution relaxation, and why it converges:
+
+        ```bibtex
+        @article{kelley1998convergence,
+          title={Convergence analysis of pseudo-transient continuation},
+          author={Kelley, C. T. and Keyes, David E.},
+          journal={SIAM Journal on Numerical Analysis},
+          volume={35},
+          number={2},
+          pages={508--523},
+          year={1998}
+        }
+        ```
     """
 
-    safety: float = 0.5
-    factormin: float = 0.25
-    factormax: float = 2.0
+    safety: ScalarLike = 0.5
+    factormin: ScalarLike = 0.25
+    factormax: ScalarLike = 2.0
     norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
 
     def __check_init__(self):
@@ -82,33 +102,48 @@ class PseudoTransient(dfx.AbstractStepSizeController):
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
     ):
         del args
+        factor = self._error_factor(y0, y1_candidate, y_error, error_order)
+        keep, start, end = self._scale_step(t0, t1, factor)
+        return keep, start, end, False, controller_state, dfx.RESULTS.successful
+
+    def adapt_to_growth(
+        self, t0, t1, y0, y1_candidate, y_error, error_order, growth: Scalar
+    ) -> tuple[Bool[Array, ""], Scalar, Scalar]:
+        """As `adapt_step_size`, for an implicit solver, which is stable at any step.
+
+        **Arguments:**
+
+        - `t0`, `t1`, `y0`, `y1_candidate`, `y_error`, `error_order`: as there.
+        - `growth`: the norm of the residual at the end of the step over that at its
+            start.
+
+        **Returns:**
+
+        Whether to accept the step, and the start and the end of the next one.
+        """
+        factor = self._error_factor(y0, y1_candidate, y_error, error_order)
+        # A small error is no reason for larger steps while the residual grows: far from
+        # the path the error estimate of a stiff problem says little.
+        factor = jnp.where(growth > 1, jnp.minimum(factor, 1), factor)
+        failed = ~jnp.isfinite(self.norm(y_error))
+        factor = jnp.where(failed, 0, jnp.maximum(factor, 1 / growth))
+        return self._scale_step(t0, t1, factor)
+
+    def _error_factor(self, y0, y1, y_error, error_order):
         if y_error is None or error_order is None:
             raise ValueError(
                 "`PseudoTransient` needs a solver that estimates its error and knows "
                 "its order."
             )
         # Not differentiable where the error is zero, and not worth it elsewhere.
-        y0, y1, y_error = lax.stop_gradient((y0, y1_candidate, y_error))
+        y0, y1, y_error = lax.stop_gradient((y0, y1, y_error))
         motion = self.norm(jtu.tree_map(jnp.subtract, y1, y0))
         error = self.norm(y_error)
         limit = jnp.where(error == 0, jnp.inf, (motion / error) ** (1 / error_order))
-        keep, start, end = self.scale_step(t0, t1, self.safety * limit)
-        return keep, start, end, False, controller_state, dfx.RESULTS.successful
+        return self.safety * limit
 
-    def scale_step(
-        self, t0: Scalar, t1: Scalar, factor: Scalar
-    ) -> tuple[Bool[Array, ""], Scalar, Scalar]:
-        """Accept or reject a step by what its size should be multiplied with.
-
-        **Arguments:**
-
-        - `t0`, `t1`: the step.
-        - `factor`: the factor. A NaN counts as zero.
-
-        **Returns:**
-
-        Whether to accept the step, and the start and the end of the next one.
-        """
+    def _scale_step(self, t0, t1, factor):
+        # Also where it is NaN.
         factor = jnp.where(factor > 0, factor, 0).astype(t1.dtype)
         keep = factor >= 0.5
         start = jnp.where(keep, t1, t0)

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
 from .._loop import Unfrozen
 from .._misc import (
@@ -78,38 +78,19 @@ class SteadyState(optx.AbstractRootFinder):
     - `ode_solver`: any Diffrax solver of ordinary differential equations.
     - `rtol`, `atol`: the tolerances of the stopping rule.
     - `norm`: the norm of the stopping rule.
-    - `stepsize_controller`: any Diffrax step-size controller. The default is
-        [`implicitnets.PseudoTransient`][] for an explicit solver. For an implicit one,
-        which is stable at any step size, it is switched evolution relaxation: the step
-        size grows as the residual falls, twofold a step at the most, until the solver
-        becomes Newton's method. A controller with tolerances of its own, as
-        `diffrax.PIDController` has, gets an explicit solver to a residual of about
-        these, so choose them a good deal smaller than `rtol` and `atol`.
+    - `stepsize_controller`: any Diffrax step-size controller. With one that has
+        tolerances of its own, as `diffrax.PIDController` does, the residual of an
+        explicit solver gets down to about these and hovers there: choose them a good
+        deal smaller than `rtol` and `atol`.
     - `dt0`: the size of the first step. The time scale of `f(z) - z` is 1.
-
-    ??? cite "References"
-
-        Switched evolution relaxation, and why it converges:
-
-        ```bibtex
-        @article{kelley1998convergence,
-          title={Convergence analysis of pseudo-transient continuation},
-          author={Kelley, C. T. and Keyes, David E.},
-          journal={SIAM Journal on Numerical Analysis},
-          volume={35},
-          number={2},
-          pages={508--523},
-          year={1998}
-        }
-        ```
     """
 
     ode_solver: dfx.AbstractSolver
-    rtol: float = 1e-4
-    atol: float = 1e-6
+    rtol: ScalarLike = 1e-4
+    atol: ScalarLike = 1e-6
     norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
-    stepsize_controller: dfx.AbstractStepSizeController | None = None
-    dt0: float = 1.0
+    stepsize_controller: dfx.AbstractStepSizeController = PseudoTransient()
+    dt0: ScalarLike = 1.0
 
     def __check_init__(self):
         check_tolerances(self)
@@ -131,7 +112,7 @@ class SteadyState(optx.AbstractRootFinder):
         field = _vector_field(fn, y)(None, z, args)
         terms = dfx.ODETerm(_vector_field(fn, y, known=(z, field)))
         start = jnp.zeros((), dtype)
-        end, controller_state = self._controller.init(
+        end, controller_state = self.stepsize_controller.wrap(1).init(
             terms,
             start,
             jnp.array(jnp.inf, dtype),
@@ -145,14 +126,16 @@ class SteadyState(optx.AbstractRootFinder):
         return _SteadyStateState(
             progress=self._judge(start_progress(y), y, field),
             start=start,
-            end=end,
+            end=jnp.asarray(end, dtype),
             stuck=jnp.array(False),
             num_accepted_steps=jnp.array(0),
             num_rejected_steps=jnp.array(0),
             integration=Unfrozen(
                 _Integration(
                     field=field,
-                    solver_state=_as_arrays(_remember(self.ode_solver, solver_state, field)),
+                    solver_state=_as_arrays(
+                        _remember(self.ode_solver, solver_state, field)
+                    ),
                     controller_state=_as_arrays(controller_state),
                 )
             ),
@@ -183,27 +166,10 @@ class SteadyState(optx.AbstractRootFinder):
             & tree_all_finite((f1, error))
             & (growth <= (_IMPLICIT_GROWTH if self._is_implicit else _EXPLICIT_GROWTH))
         )
-
-        if self.stepsize_controller is None and self._is_implicit:
-            keep, start, end = PseudoTransient().scale_step(
-                state.start, state.end, jnp.where(usable, 1 / growth, 0)
-            )
-            controller_state, control_result = None, dfx.RESULTS.successful
-        else:
-            keep, start, end, _, controller_state, control_result = (
-                self._controller.adapt_step_size(
-                    state.start,
-                    state.end,
-                    z0,
-                    z1,
-                    args,
-                    jtu.tree_map(lambda x: jnp.where(usable, x, jnp.inf), error),
-                    order,
-                    integration.controller_state,
-                )
-            )
-        keep = jnp.asarray(keep)
-        dt_min = jnp.finfo(start.dtype).eps * jnp.asarray(self.dt0, start.dtype)
+        error = jtu.tree_map(lambda x: jnp.where(usable, x, jnp.inf), error)
+        keep, start, end, controller_state, stuck = self._adapt(
+            state, z0, z1, args, error, order, growth
+        )
         progress = self._judge(state.progress, new_y, f1)
         # A rejected step may still be the one that gets there; if not, whatever is
         # wrong with it is not the verdict on the solve.
@@ -212,8 +178,7 @@ class SteadyState(optx.AbstractRootFinder):
             progress=_where(count, progress, state.progress),
             start=start,
             end=end,
-            stuck=~(end - start > dt_min)
-            | (control_result != dfx.RESULTS.successful),
+            stuck=stuck,
             num_accepted_steps=state.num_accepted_steps + jnp.where(keep, 1, 0),
             num_rejected_steps=state.num_rejected_steps + jnp.where(keep, 0, 1),
             integration=Unfrozen(
@@ -233,9 +198,10 @@ class SteadyState(optx.AbstractRootFinder):
     def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags
         converged, result = state.progress.verdict()
+        stagnated = state.stuck & ~converged & (result == optx.RESULTS.successful)
         result = optx.RESULTS.where(
-            state.stuck & ~converged & (result == optx.RESULTS.successful),
-            optx.RESULTS.stagnation,
+            stagnated,
+            optx.RESULTS.stagnation,  # pyright: ignore[reportArgumentType]
             result,
         )
         return converged, result
@@ -248,13 +214,14 @@ class SteadyState(optx.AbstractRootFinder):
             "num_rejected_steps": state.num_rejected_steps,
             "final_time": state.start,
         }
-        num_extra = 1
+        num_others = 1
         if len(jtu.tree_leaves(aux)) > 0:
+            # No solver hands out what the function returns besides its value.
             _, aux = fn(state.progress.best_y, args)
-            num_extra = 2
+            num_others += 1
         evaluations_per_step = _evaluations_per_step(self.ode_solver)
         if evaluations_per_step is not None:
-            stats["nfe"] = evaluations_per_step * num_steps + num_extra
+            stats["nfe"] = evaluations_per_step * num_steps + num_others
         return state.progress.best_y, aux, stats
 
     def _judge(self, progress, y, field):
@@ -267,40 +234,48 @@ class SteadyState(optx.AbstractRootFinder):
     def _is_implicit(self):
         return isinstance(self.ode_solver, dfx.AbstractImplicitSolver)
 
-    @property
-    def _controller(self):
-        if self.stepsize_controller is None:
-            return PseudoTransient()
-        return self.stepsize_controller.wrap(1)
+    def _adapt(self, state, z0, z1, args, error, order, growth):
+        """Whether to keep a step, the next one, and whether there is no going on."""
+        controller = self.stepsize_controller.wrap(1)
+        controller_state = state.integration.value.controller_state
+        step = (state.start, state.end, z0, z1)
+        if isinstance(controller, PseudoTransient) and self._is_implicit:
+            result = dfx.RESULTS.successful
+            keep, start, end = controller.adapt_to_growth(*step, error, order, growth)
+        else:
+            keep, start, end, _, controller_state, result = controller.adapt_step_size(
+                *step, args, error, order, controller_state
+            )
+        start = jnp.asarray(start, state.start.dtype)
+        end = jnp.asarray(end, state.end.dtype)
+        dt_min = jnp.finfo(start.dtype).eps * jnp.asarray(self.dt0, start.dtype)
+        # Also where a time has overflowed.
+        stuck = ~(end - start > dt_min) | (result != dfx.RESULTS.successful)
+        return jnp.asarray(keep), start, end, controller_state, stuck
 
     def _inner_solver(self, state):
-        """The ODE solver, its root finder, if any, with tolerances."""
-        solver = self.ode_solver
+        """The ODE solver, with tolerances for its root finder if it has one."""
         if not self._is_implicit:
-            return solver
-        # Relative to the residual at the start of the step. Diffrax' root finder goes for
-        # a hundredth of that. Asked for less it runs into its limit of steps, as it
-        # keeps its Jacobian; asked for more it takes more ODE steps.
+            return self.ode_solver
+        # Relative to the residual at the start of the step. Diffrax' root finder goes
+        # for a hundredth of that. Asked for less error it runs into its limit of steps,
+        # as it keeps its Jacobian; asked for more it takes more ODE steps.
         scale = self.norm(state.integration.value.field)
-        if _first_same_as_last(solver) is None:
+        if _first_same_as_last(self.ode_solver) is None:
             # These solve for the increment, the others for the vector field.
             scale = scale * (state.end - state.start)
         tolerances = {"rtol": 0.0, "atol": scale, "norm": self.norm}
-        # What is left to the step-size controller is marked by an object that is
-        # neither a number nor a function.
-        names = [
-            name
-            for name in tolerances
-            if not eqx.is_array_like(getattr(solver.root_finder, name))
-            and not callable(getattr(solver.root_finder, name))
-        ]
-        if len(names) == 0:
-            return solver
-        return eqx.tree_at(
-            lambda s: [getattr(s.root_finder, name) for name in names],
-            solver,
-            [tolerances[name] for name in names],
-        )
+
+        solver: Any = self.ode_solver
+        for name, tolerance in tolerances.items():
+            given = getattr(solver.root_finder, name)
+            # What is to come from the step-size controller is marked by an object that
+            # is neither a number nor a function.
+            if not eqx.is_array_like(given) and not callable(given):
+                solver = eqx.tree_at(
+                    lambda s: getattr(s.root_finder, name), solver, tolerance
+                )
+        return solver
 
 
 def _vector_field(
@@ -335,7 +310,7 @@ def _first_same_as_last(solver: dfx.AbstractSolver) -> dfx.ButcherTableau | None
 def _tableau(solver: dfx.AbstractSolver) -> dfx.ButcherTableau | None:
     # Not `isinstance`, which also holds for what wraps a Runge-Kutta method.
     if issubclass(type(solver), dfx.AbstractRungeKutta):
-        return solver.tableau
+        return solver.tableau  # pyright: ignore[reportAttributeAccessIssue]
     return None
 
 
