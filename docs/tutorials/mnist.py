@@ -624,6 +624,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # The dashed line is where pretraining ends. From there on the evaluations are what the
 # solver needs, averaged over the images, of which each stops as soon as its own
-# equilibrium is found. They rise while the cell learns: as its weights grow, it is no
-# longer a contraction. The plain iteration then wanders off, and Anderson acceleration
-# still finds the equilibrium. `--model-type skipdeq` shows what a learned start saves.
+# equilibrium is found. They rise while the cell learns: as its weights grow, it
+# contracts less. With `--learning-rate 1e-3` it is soon no contraction at all: the
+# plain iteration then wanders off, and Anderson acceleration still finds the
+# equilibrium. `--model-type skipdeq` shows what a learned start saves.

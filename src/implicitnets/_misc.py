@@ -7,6 +7,10 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 
+# Float32 products in float32 on every platform: accelerators have less by default.
+_EXACT = jax.lax.Precision.HIGHEST
+
+
 def working_dtype(tree: PyTree[Array]) -> jnp.dtype:
     """The dtype of a solver's scalars and small systems: at least float32.
 
@@ -57,11 +61,11 @@ def history_dot(
     """
     dtype = working_dtype(vector)
 
-    # Multiply and sum, not `dot`: XLA on CPU fuses it into one parallel loop, where a
-    # batched matrix-vector product becomes a serial loop over the batch.
+    # A product with a matrix, not multiply and sum: three to six times as fast on CPU,
+    # inside a loop and under `vmap`.
     def dot(entries, x):
-        products = entries.astype(dtype) * x.astype(dtype)[None]
-        return jnp.sum(products, axis=tuple(range(1, entries.ndim)))
+        matrix = entries.reshape(entries.shape[0], -1).astype(dtype)
+        return jnp.dot(matrix, x.reshape(-1).astype(dtype), precision=_EXACT)
 
     products = jtu.tree_leaves(jtu.tree_map(dot, history, vector))
     return ft.reduce(jnp.add, products)
@@ -83,9 +87,12 @@ def history_combine(
     """
     dtype = coefficients.dtype
 
+    # A product with a matrix here too: the sum over the first axis is thirty times as
+    # slow on CPU for the states of a convolution.
     def combine(entries):
-        shape = coefficients.shape + (1,) * (entries.ndim - 1)
-        return jnp.sum(coefficients.reshape(shape) * entries.astype(dtype), axis=0)
+        matrix = entries.reshape(entries.shape[0], -1).astype(dtype)
+        out = jnp.dot(coefficients, matrix, precision=_EXACT)
+        return out.reshape(entries.shape[1:])
 
     return jtu.tree_map(combine, history)
 

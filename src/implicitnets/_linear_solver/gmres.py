@@ -356,6 +356,9 @@ def _arnoldi_step(
     new_rotation = jnp.where(rows == j + 1, sin, cos * last_row)
     new_last_row = jnp.where(rows == j + 1, cos, -sin * last_row)
     column = jnp.where(rows == j + 1, norm, projections)
+    # The Krylov space maps into a smaller one, and the column adds nothing.
+    exhausted = radius <= _SINGULAR * jnp.finfo(norm.dtype).eps * image_norm
+    residual_norm = start_norm * jnp.abs(new_last_row[0])
     return _Cycle(
         basis=Unfrozen(history_set(basis, j + 1, _divide(image, norm))),
         hessenberg=Unfrozen(history_set(cycle.hessenberg.value, j, column)),
@@ -363,9 +366,8 @@ def _arnoldi_step(
         last_row=Unfrozen(new_last_row),
         column=Unfrozen(j + 1),
         num_columns=cycle.num_columns + 1,
-        residual_norm=start_norm * jnp.abs(new_last_row[0]),
-        # The Krylov space maps into a smaller one.
-        exhausted=radius <= _SINGULAR * jnp.finfo(norm.dtype).eps * image_norm,
+        residual_norm=jnp.where(exhausted, cycle.residual_norm, residual_norm),
+        exhausted=exhausted,
     )
 
 

@@ -86,11 +86,29 @@ class SteadyState(optx.AbstractRootFinder):
     """
 
     ode_solver: dfx.AbstractSolver
-    rtol: ScalarLike = 1e-4
-    atol: ScalarLike = 1e-6
-    norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
-    stepsize_controller: dfx.AbstractStepSizeController = PseudoTransient()
-    dt0: ScalarLike = 1.0
+    rtol: ScalarLike
+    atol: ScalarLike
+    norm: Callable[[PyTree[Array]], Scalar]
+    stepsize_controller: dfx.AbstractStepSizeController
+    dt0: ScalarLike
+
+    # Written out, as type checkers take the abstract attributes of Optimistix for
+    # fields, which then come first.
+    def __init__(
+        self,
+        ode_solver: dfx.AbstractSolver,
+        rtol: ScalarLike = 1e-4,
+        atol: ScalarLike = 1e-6,
+        norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm,
+        stepsize_controller: dfx.AbstractStepSizeController = PseudoTransient(),
+        dt0: ScalarLike = 1.0,
+    ):
+        self.ode_solver = ode_solver
+        self.rtol = rtol
+        self.atol = atol
+        self.norm = norm
+        self.stepsize_controller = stepsize_controller
+        self.dt0 = dt0
 
     def __check_init__(self):
         check_tolerances(self)

@@ -1,0 +1,262 @@
+"""What the benchmarks share: timing, tables, result files."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import matplotlib
+
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from tqdm import tqdm
+
+
+LIBRARIES = (
+    "implicitnets",
+    "jax",
+    "equinox",
+    "optimistix",
+    "lineax",
+    "diffrax",
+    "numpy",
+)
+# A call shorter than this is timed several at a time.
+SHORTEST_SECONDS = 0.02
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options that every script has."""
+
+    repeats: int = 9
+    """Timed repeats of every row; the median is shown."""
+    output_dir: pathlib.Path = pathlib.Path(__file__).parent / "results"
+    """Folder that the figures and the JSON files are written to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled function, with what it took until its first result."""
+
+    call: Callable[..., Any]
+    first_seconds: float
+    temp_bytes: int
+
+
+def compile_and_run(function: Callable, *args: Any) -> tuple[Compiled, Any]:
+    """Compile a JAX function of arrays, and run it once."""
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*args).compile()
+    out = jax.block_until_ready(compiled(*args))
+    first_seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    temp_bytes = 0 if memory is None else memory.temp_size_in_bytes
+    call = lambda: jax.block_until_ready(compiled(*args))
+    return Compiled(call, first_seconds, temp_bytes), out
+
+
+def seconds_a_call(call: Callable[[], Any], estimate: float) -> float:
+    """The wall time of one call, the mean over several if they are short."""
+    number = max(1, round(SHORTEST_SECONDS / max(estimate, 1e-6)))
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - start) / number
+
+
+def interleave(
+    timers: Mapping[Any, Callable[[float], float]], repeats: int, description: str
+) -> dict[Any, float]:
+    """The median wall times of several functions, timed in turns.
+
+    **Arguments:**
+
+    - `timers`: each takes an estimate of its seconds, and returns its seconds.
+    - `repeats`: the number of turns, after one that warms up.
+    - `description`: of the progress bar.
+
+    **Returns:**
+
+    The median seconds of each.
+    """
+    times = {key: [timer(1.0)] for key, timer in timers.items()}
+    for _ in progress(range(repeats), description):
+        for key, timer in timers.items():
+            times[key].append(timer(times[key][-1]))
+    return {key: statistics.median(values[1:]) for key, values in times.items()}
+
+
+def time_calls(
+    calls: Mapping[Any, Callable[[], Any]], repeats: int, description: str
+) -> dict[Any, float]:
+    """As `interleave`, of functions without arguments in this process."""
+    timers = {
+        key: lambda estimate, call=call: seconds_a_call(call, estimate)
+        for key, call in calls.items()
+    }
+    return interleave(timers, repeats, description)
+
+
+def progress(items: Iterable[Any], description: str) -> Iterable[Any]:
+    """The items, with a progress bar on a terminal."""
+    return tqdm(items, desc=description, leave=False, disable=None)
+
+
+def print_table(title: str, rows: list[Row]) -> None:
+    """Print rows, whose keys are the columns, as a Markdown table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_format(row.get(column)) for column in columns] for row in rows]
+    align = ["left" if _is_text(rows, column) else "right" for column in columns]
+    print(f"\n{title}\n", flush=True)
+    print(tabulate(cells, columns, "github", colalign=align, disable_numparse=True))
+    print(flush=True)
+
+
+def _is_text(rows: list[Row], column: str) -> bool:
+    return any(isinstance(row.get(column), str) for row in rows)
+
+
+def _format(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.3g}"
+    return str(value)
+
+
+def promise(what: str, measured: float, most: float) -> Row:
+    """A line of a table of promises: a figure, and the most that it may be."""
+    return {
+        "promise": what,
+        "measured": measured,
+        "at most": most,
+        "kept": "yes" if measured <= most else "NO",
+    }
+
+
+def save(
+    settings: Settings, name: str, tables: Mapping[str, list[Row]], *figures: Figure
+) -> None:
+    """Write tables with the machine and the versions as JSON, and figures as PNG."""
+    folder = settings.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine(), "versions": versions(), "tables": tables}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1, default=float))
+    written = [path]
+    for number, figure in enumerate(figures, start=1):
+        suffix = "" if len(figures) == 1 else f"_{number}"
+        path = folder / f"{name}{suffix}.png"
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+        written.append(path)
+    print("Written: " + ", ".join(str(path) for path in written))
+
+
+def machine() -> dict[str, Any]:
+    """What the benchmarks ran on."""
+    cpu = platform.processor()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = lines[0].split(":")[1].strip() if lines else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "backend": jax.default_backend(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that are measured here."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def bar_figure(
+    rows: list[Row], *, panel: str, label: str, values: list[str], unit: str
+) -> Figure:
+    """Horizontal bars of some columns of rows, one panel for each value of another.
+
+    A row without a value, because it failed, has the word in place of its bar.
+
+    **Arguments:**
+
+    - `rows`: the table.
+    - `panel`, `label`: the columns that say which panel a row is in, and its name.
+    - `values`: the columns to draw.
+    - `unit`: of the logarithmic axis.
+
+    **Returns:**
+
+    The figure.
+    """
+    panels = list(dict.fromkeys(row[panel] for row in rows))
+    count = max(sum(row[panel] == name for row in rows) for name in panels)
+    num_columns = min(3, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(5.5 * num_columns, (1 + 0.33 * count) * num_rows),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    height = 0.8 / len(values)
+    for axis, name in zip(axes.flat, panels, strict=False):
+        chosen = [row for row in rows if row[panel] == name]
+        known = [row[v] for row in chosen for v in values if row.get(v) is not None]
+        left = min(known, default=1) / 2
+        for i, value in enumerate(values):
+            for y, row in enumerate(chosen):
+                position = y + (i - (len(values) - 1) / 2) * height
+                if row.get(value) is None:
+                    axis.text(left, position, " failed", va="center", color="grey")
+                else:
+                    axis.barh(position, row[value], height, color=f"C{i}")
+        axis.set(title=name, xscale="log", xlabel=unit)
+        axis.set_xlim(left=left)
+        axis.set_yticks(range(len(chosen)), [row[label] for row in chosen])
+        axis.invert_yaxis()
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, color=f"C{i}", label=v)
+        for i, v in enumerate(values)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(values))
+    return figure
+
+
+def promise_figure(rows: list[Row]) -> Figure:
+    """Bars of what was measured as a share of what was promised."""
+    shares = [
+        {**row, "panel": "measured / promised", "share": row["measured"] / row["at most"]}
+        for row in rows
+        if row["measured"] > 0
+    ]
+    figure = bar_figure(
+        shares, panel="panel", label="promise", values=["share"], unit="share"
+    )
+    figure.axes[0].axvline(1, color="black")
+    figure.set_size_inches(10, figure.get_size_inches()[1])
+    return figure

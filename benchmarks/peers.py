@@ -1,0 +1,262 @@
+"""How fast is the library next to its peers, at the same weights and tolerance?
+
+Every library runs in a process of its own, with the interpreter that has it: as many as
+are given by `--python NAME=PATH`, the others with this one, and those that cannot be
+imported there are left out. All are timed in turns, and only what has passed its check:
+residual and gradient against a float64 reference.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from measure import (
+    bar_figure,
+    compile_and_run,
+    interleave,
+    print_table,
+    progress,
+    Row,
+    save,
+    seconds_a_call,
+    Settings,
+    SHORTEST_SECONDS,
+)
+from methods import bare_loop_program, verdict
+from peer_worker import LIBRARIES
+from problems import (
+    dense_tanh,
+    linear,
+    Problem,
+    Reference,
+    reference,
+    residuals,
+    resnet,
+    tutorial,
+)
+
+
+WORKER = pathlib.Path(__file__).parent / "peer_worker.py"
+
+PROBLEMS: dict[str, Callable[[Settings], Problem]] = {
+    "dense-0.9": lambda _: dense_tanh(0.9),
+    "dense-0.99": lambda _: dense_tanh(0.99),
+    "dense-1024": lambda _: dense_tanh(0.9, size=1024),
+    "resnet": lambda _: resnet(),
+    "trained": lambda settings: tutorial(settings.output_dir / "trained_cell.npz"),
+    "lin": lambda _: linear(0.95, batch=128),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """Time this library and its peers side by side."""
+
+    python: tuple[str, ...] = ()
+    """The interpreters of libraries, as `banax=/path/to/python`."""
+    libraries: tuple[str, ...] = tuple(LIBRARIES)
+    """Which libraries to time."""
+    problems: tuple[str, ...] = tuple(PROBLEMS)
+    """Which problems to solve."""
+
+
+class Worker:
+    """A process with one library and one problem."""
+
+    def __init__(self, library: str, python: str, folder: pathlib.Path):
+        self.library = library
+        self.folder = folder
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        self.process = subprocess.Popen(
+            [
+                python,
+                str(WORKER),
+                library,
+                folder / "problem.npz",
+                folder / "norms.npy",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.hello = self._answer()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"missing": "its process ended"}
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def prepare(self, ref: Reference, method: str) -> Row:
+        """Run a method for the first time, and check what it found."""
+        problem = ref.problem
+        answer = self.ask(do="prepare", method=method, folder=str(self.folder))
+        row: Row = {
+            "problem": problem.name,
+            "library": self.library,
+            "method": method,
+        }
+        if "evaluations" not in answer:
+            reason = answer.get("error", answer.get("missing"))
+            return {**row, "result": f"failed: {reason}"[:60]}
+        with np.load(self.folder / "result.npz") as file:
+            arrays = dict(file)
+        gradient = {name: arrays[f"gradient_{name}"] for name in ref.gradient}
+        residual = max(
+            float(residuals(problem, arrays[name]).max()) for name in ("z", "z_trained")
+        )
+        error = ref.gradient_error(gradient)
+        temp_bytes = answer["temp_bytes"]
+        return {
+            **row,
+            "result": verdict(problem, residual, error, False),
+            "evaluations": answer["evaluations"],
+            "products": answer["products"],
+            "residual": residual,
+            "gradient error": error,
+            "first result (s)": answer["gradient_seconds"],
+            "temp (MB)": None if temp_bytes is None else temp_bytes / 1e6,
+        }
+
+    def timer(self, method: str, what: str) -> Callable[[float], float]:
+        """A function that times a method, as `measure.interleave` takes it."""
+
+        def seconds(estimate: float) -> float:
+            number = max(1, round(SHORTEST_SECONDS / max(estimate, 1e-6)))
+            return self.ask(do=what, method=method, number=number)["seconds"]
+
+        return seconds
+
+
+def bare_loop(problem: Problem, row: Row) -> Callable[[], Any]:
+    """The cost of a row's evaluations and products in loops of nothing else."""
+    program = bare_loop_program(problem, row["evaluations"], row["products"])
+    arguments = jax.tree.map(
+        jnp.asarray, (problem.weights, problem.inputs, problem.cotangent)
+    )
+    return compile_and_run(program, *arguments)[0].call
+
+
+def compare(config: Config, problem: Problem, folder: pathlib.Path) -> list[Row]:
+    """Every method of every library on one problem."""
+    pythons = dict(argument.split("=", 1) for argument in config.python)
+    ref = reference(problem)
+    problem.save(folder / "problem.npz")
+    np.save(folder / "norms.npy", ref.norms)
+
+    workers, rows, timers = [], [], {}
+    for library in config.libraries:
+        python = pythons.get(library, sys.executable)
+        worker = Worker(library, python, folder)
+        workers.append(worker)
+        if "methods" not in worker.hello:
+            print(f"{library} is left out: {worker.hello['missing']}.")
+            continue
+        methods = worker.hello["methods"]
+        for method in progress(methods, f"{problem.name}, {library}"):
+            row = worker.prepare(ref, method)
+            row["versions"] = worker.hello["versions"]
+            rows.append(row)
+            if row["result"] == "ok":
+                for what in ("solve", "gradient"):
+                    timers[len(rows) - 1, what] = worker.timer(method, what)
+    for i, row in enumerate(rows):
+        if row["library"] == "implicitnets" and row["result"] == "ok":
+            call = bare_loop(problem, row)
+            timers[i, "bare"] = lambda estimate, call=call: seconds_a_call(
+                call, estimate
+            )
+
+    seconds = interleave(timers, config.repeats, f"{problem.name}, timing")
+    for worker in workers:
+        worker.close()
+    columns = {
+        "solve": "solve (ms)",
+        "gradient": "solve + gradient (ms)",
+        "bare": "bare loop (ms)",
+    }
+    for (i, what), value in seconds.items():
+        rows[i][columns[what]] = 1e3 * value
+    return rows
+
+
+def ratios(rows: list[Row]) -> list[Row]:
+    """Our fastest method against each library's fastest, by algorithm and overall."""
+    table = []
+    time = "solve + gradient (ms)"
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        timed = [row for row in rows if row["problem"] == problem and time in row]
+        for algorithm in ("Anderson", "Broyden", ""):
+            fastest = {}
+            for row in timed:
+                if row["method"].startswith(algorithm):
+                    best = fastest.setdefault(row["library"], row)
+                    fastest[row["library"]] = min(best, row, key=lambda row: row[time])
+            ours = fastest.pop("implicitnets", None)
+            if ours is None:
+                continue
+            line: Row = {
+                "problem": problem,
+                "algorithm": algorithm or "fastest",
+                "ours": ours["method"],
+                "ours (ms)": ours[time],
+                "over a bare loop": ours[time] / ours["bare loop (ms)"],
+            }
+            for library, row in fastest.items():
+                line[f"{library}, times ours"] = row[time] / ours[time]
+            table.append(line)
+    return table
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    rows = []
+    for name in config.problems:
+        problem = PROBLEMS[name](config)
+        with tempfile.TemporaryDirectory() as folder:
+            new_rows = compare(config, problem, pathlib.Path(folder))
+        shown = ("problem", "versions")
+        print_table(
+            problem.name,
+            [{k: v for k, v in row.items() if k not in shown} for row in new_rows],
+        )
+        rows += new_rows
+    summary = ratios(rows)
+    print_table("Times of the fastest, solve + gradient, relative to ours", summary)
+    bars = [{**row, "label": f"{row['library']}: {row['method']}"} for row in rows]
+    figure = bar_figure(
+        bars,
+        panel="problem",
+        label="label",
+        values=["solve (ms)", "solve + gradient (ms)"],
+        unit="ms",
+    )
+    save(config, "peers", {"rows": rows, "fastest": summary}, figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""What does every solver need, on maps from easy to expansive, and does it ever lie?
+
+A table of every solver on every problem, with the solver's own verdict next to the
+residual that was measured; the promises that the solvers make; and the residual against
+the number of cell evaluations.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import matplotlib.pyplot as plt
+import numpy as np
+import optimistix as optx
+import tyro
+from matplotlib.figure import Figure
+from measure import (
+    bar_figure,
+    print_table,
+    progress,
+    promise,
+    promise_figure,
+    Row,
+    save,
+    Settings,
+)
+from methods import continuous_methods, discrete_methods, Method, prepare, time_rows
+from problems import (
+    dense_tanh,
+    jax_cell,
+    linear,
+    Problem,
+    reference,
+    residuals,
+    resnet,
+    tutorial,
+)
+
+import implicitnets as inn
+
+
+PROBLEMS: dict[str, Callable[[Settings], Problem]] = {
+    "dense-0.5": lambda _: dense_tanh(0.5),
+    "dense-0.9": lambda _: dense_tanh(0.9),
+    "dense-0.99": lambda _: dense_tanh(0.99),
+    "dense-1.2": lambda _: dense_tanh(1.2),
+    "resnet": lambda _: resnet(),
+    "trained": lambda settings: tutorial(settings.output_dir / "trained_cell.npz"),
+    "lin": lambda _: linear(0.95, batch=128),
+}
+# A random network that expands has many equilibria, so no reference.
+EXPANSIVE = ("dense-1.2",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """Compare the solvers of the library."""
+
+    problems: tuple[str, ...] = tuple(PROBLEMS)
+    """Which problems to solve."""
+
+
+def compare(config: Config, name: str) -> list[Row]:
+    """Every solver on one problem."""
+    problem = PROBLEMS[name](config)
+    ref = None if name in EXPANSIVE else reference(problem)
+    norm = 1.0 if ref is None else float(ref.norms.min())
+    methods = discrete_methods(problem, norm) + continuous_methods(problem)
+    prepared = [
+        prepare(problem, ref, method) for method in progress(methods, problem.name)
+    ]
+    return time_rows(prepared, config.repeats, f"{problem.name}, timing")
+
+
+class CountingSolver(lx.AbstractLinearSolver):
+    """A Lineax solver that counts its products, those of a batch in step as one."""
+
+    solver: lx.AbstractLinearSolver
+    count: Callable[[], None]
+
+    def init(self, operator, options):
+        return self.solver.init(operator, options)
+
+    def compute(self, state, vector, options):
+        def product(x):
+            jax.debug.callback(self.count)
+            return state.mv(x)
+
+        operator = lx.FunctionLinearOperator(product, state.in_structure())
+        return self.solver.compute(operator, vector, options)
+
+    def transpose(self, state, options):
+        return self.solver.transpose(state, options)
+
+    def conj(self, state, options):
+        return self.solver.conj(state, options)
+
+    def assume_full_rank(self):
+        return self.solver.assume_full_rank()
+
+
+def newton_promises(config: Config) -> list[Row]:
+    """`NewtonKrylov` against Optimistix' Newton with Lineax' GMRES."""
+    rows = []
+    for problem in (dense_tanh(0.9), dense_tanh(0.99), linear(0.95, batch=128)):
+        ref = reference(problem)
+        atol = problem.rtol * float(ref.norms.min())
+        stock = optx.Newton(
+            problem.rtol, atol, norm=optx.two_norm, linear_solver=lx.GMRES(1e-3, 1e-3)
+        )
+        # Optimistix' iteration ends far below the tolerance; ours is told to as well.
+        theirs = prepare(problem, None, Method("Newton", stock))
+        rtol = min(problem.rtol, theirs.row["residual"])
+        ours = prepare(problem, None, Method("", inn.NewtonKrylov(rtol, 0.0)))
+        for item in (ours, theirs):
+            if item.row["residual"] > max(problem.rtol, rtol):
+                raise RuntimeError(f"{problem.name}: {item.row['result']}.")
+        timed = time_rows([ours, theirs], config.repeats, problem.name)
+        our_seconds, their_seconds = (row["solve (ms)"] for row in timed)
+        rows.append(
+            promise(
+                f"{problem.name}: Newton-Krylov / Newton with lx.GMRES, time",
+                our_seconds / their_seconds,
+                1 / 3,
+            )
+        )
+        rows.append(
+            promise(
+                f"{problem.name}: the same, products",
+                ours.row["products"] / count_products(problem, stock),
+                1 / 2,
+            )
+        )
+    return rows
+
+
+def count_products(problem: Problem, newton: optx.Newton) -> int:
+    """The products of a whole solve by a Newton method with a Krylov solver."""
+    total = 0
+
+    def count():
+        nonlocal total
+        total += 1
+
+    counting = optx.Newton(
+        newton.rtol,
+        newton.atol,
+        norm=newton.norm,
+        linear_solver=CountingSolver(newton.linear_solver, count),
+    )
+    cell = jax_cell(problem.kind)
+
+    def solve(x):
+        return optx.fixed_point(
+            cell, counting, jnp.zeros_like(x), (problem.weights, x), throw=False
+        ).value
+
+    jax.block_until_ready(jax.jit(jax.vmap(solve))(problem.inputs))
+    jax.effects_barrier()
+    return total
+
+
+def evaluation_promises() -> list[Row]:
+    """How many evaluations Broyden's method and the ODE solvers may need."""
+    symmetric, nonsymmetric = linear(0.95), linear(0.99, symmetric=False)
+    expansive, dense = linear(1.2), dense_tanh(0.9)
+
+    def broyden(problem, history_size):
+        return inn.Broyden(problem.rtol, 0.0, history_size=history_size)
+
+    cases: list[tuple[str, Problem, Any, int]] = []
+    for history_size, most in ((3, 60), (5, 45), (10, 40)):
+        name = f"Broyden, history {history_size}"
+        cases.append((name, symmetric, broyden(symmetric, history_size), most))
+        cases.append((name, nonsymmetric, broyden(nonsymmetric, history_size), 1000))
+    cases.append(("Broyden, full memory", expansive, broyden(expansive, 200), 200))
+    for method in continuous_methods(dense):
+        most = 250 if method.name == "Tsit5" else 1000
+        cases.append((method.name, dense, method.solver, most))
+
+    rows = []
+    for name, problem, solver, most in progress(cases, "evaluations"):
+        row = prepare(problem, None, Method(name, solver)).row
+        # An implicit ODE solver does not tell; then only success is asked for.
+        measured = row["evaluations"] or 0
+        failed = row["result"] != "ok"
+        what = f"{problem.name}: {name}, evaluations"
+        rows.append(promise(what, np.inf if failed else measured, most))
+    return rows
+
+
+def traces(config: Config) -> Figure:
+    """The relative residual against the evaluations, on three problems."""
+    names = [n for n in ("dense-0.9", "trained", "lin") if n in config.problems]
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes.flat, names, strict=True):
+        problem = PROBLEMS[name](config)
+        methods = discrete_methods(problem, 1e-6)[:5] + [
+            method
+            for method in continuous_methods(problem)
+            if method.name in ("Tsit5", "VCABM3")
+        ]
+        for method in methods:
+            axis.semilogy(*trace(problem, method.solver), label=method.name)
+        axis.set(title=problem.name, xlabel="evaluations and products")
+        axis.set_ylim(bottom=problem.rtol / 10)
+        axis.set_xlim(0, 150)
+    axes[0, 0].set_ylabel("relative residual, mean of the batch")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7
+    )
+    return figure
+
+
+def trace(problem: Problem, solver: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The mean evaluations and residuals of the batch after every step."""
+    cell = jax_cell(problem.kind)
+
+    def one(x):
+        found = inn.residual_trace(
+            cell, solver, jnp.zeros_like(x), (problem.weights, x), max_steps=150
+        )
+        nfe = jnp.arange(151) if found.nfe is None else found.nfe
+        return nfe, found.relative
+
+    nfe, relative = jax.jit(jax.vmap(one))(problem.inputs[:16])
+    return np.asarray(nfe).mean(axis=0), np.asarray(relative).mean(axis=0)
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    rows = []
+    for name in config.problems:
+        new_rows = compare(config, name)
+        print_table(new_rows[0]["problem"], new_rows)
+        rows += new_rows
+    lies = sum(row["result"].startswith("WRONG") for row in rows)
+    promises = [
+        promise("solves that claim a success they had not", lies, 0),
+        *newton_promises(config),
+        *evaluation_promises(),
+    ]
+    print_table("What the solvers promise", promises)
+    bars = bar_figure(
+        rows,
+        panel="problem",
+        label="method",
+        values=["solve (ms)", "solve + gradient (ms)"],
+        unit="ms",
+    )
+    save(
+        config,
+        "solvers",
+        {"rows": rows, "promises": promises},
+        bars,
+        promise_figure(promises),
+        traces(config),
+    )
+
+
+if __name__ == "__main__":
+    main()

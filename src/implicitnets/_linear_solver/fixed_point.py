@@ -1,0 +1,177 @@
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from .._loop import while_loop
+from .._misc import check_hyperparameter, working_dtype
+
+
+class FixedPointLinearSolver(lx.AbstractLinearSolver):
+    r"""Solve a linear system by any Optimistix fixed-point solver.
+
+    The solution of $A u = b$ is the fixed point of $u \mapsto u + A u - b$. For the
+    operator of an implicit adjoint, $A = J - I$, that is $u \mapsto J u - b$, and in
+    reverse mode $u \mapsto J^T u - b$: the backward iteration of Bai et al., *Deep
+    Equilibrium Models*, 2019, section 3.1.3. So it is made for operators for which
+    $I + A$ contracts; acceleration and root finders reach further.
+
+    Starts at `-b`, the first iterate from zero. Stops when `solver` does, for which the
+    residual is that of the linear system, relative (for our solvers) to the norm of
+    `u + A u - b`, which is about that of the solution. Only for real square operators.
+    Under `vmap` every example stops on its own.
+
+    This solver supports the following `options` of [`lineax.linear_solve`][]:
+
+    - `y0`: where to start.
+
+    The statistics are those of `solver`: `num_steps`, and for ours `nfe`, which counts
+    the products with the operator. The result is that of `solver`, with `breakdown` for
+    divergence and `singular` for values that are not finite.
+
+    **Arguments:**
+
+    - `solver`: any Optimistix fixed-point solver or root finder, for example
+        [`implicitnets.AndersonAcceleration`][] or `optimistix.FixedPointIteration`.
+    - `max_steps`: the largest number of its steps; `None` for no bound.
+    """
+
+    solver: optx.AbstractFixedPointSolver | optx.AbstractRootFinder
+    max_steps: int | None = 256
+
+    def __check_init__(self):
+        check_hyperparameter(
+            self,
+            "solver",
+            isinstance(
+                self.solver, optx.AbstractFixedPointSolver | optx.AbstractRootFinder
+            ),
+            "an Optimistix fixed-point solver or root finder",
+        )
+        check_hyperparameter(
+            self,
+            "max_steps",
+            self.max_steps is None
+            or (isinstance(self.max_steps, int) and self.max_steps >= 1),
+            "an integer of at least 1, or None",
+        )
+
+    def init(
+        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> lx.AbstractLinearOperator:
+        """As `lineax.AbstractLinearSolver.init`."""
+        del options
+        if operator.in_structure() != operator.out_structure():
+            raise ValueError("`FixedPointLinearSolver` is for square operators only.")
+        return lx.linearise(operator)
+
+    def compute(
+        self,
+        state: lx.AbstractLinearOperator,
+        vector: PyTree[Array],
+        options: dict[str, Any],
+    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
+        """As `lineax.AbstractLinearSolver.compute`."""
+        if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
+            raise ValueError("`FixedPointLinearSolver` is for real vectors only.")
+        dtype = working_dtype(vector)
+        structure = jax.eval_shape(lambda: vector)
+
+        def widen(x):
+            return jtu.tree_map(lambda a: a.astype(dtype), x)
+
+        def narrow(x):
+            return jtu.tree_map(lambda a, s: a.astype(s.dtype), x, structure)
+
+        b = widen(vector)
+
+        def iteration(u, args):
+            del args
+            product = widen(state.mv(narrow(u)))
+            return jtu.tree_map(lambda u, p, b: u + (p - b), u, product, b)
+
+        start = widen(options.get("y0", jtu.tree_map(jnp.negative, vector)))
+        solution = optx.fixed_point(
+            iteration,
+            self.solver,
+            start,
+            max_steps=self.max_steps,
+            adjoint=_NoAdjoint(),
+            throw=False,
+        )
+        stats = {k: v for k, v in solution.stats.items() if k != "max_steps"}
+        return narrow(solution.value), _as_linear_result(solution.result), stats
+
+    def transpose(
+        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        """As `lineax.AbstractLinearSolver.transpose`."""
+        # A start for one system is none for its transpose.
+        del options
+        return state.transpose(), {}
+
+    def conj(
+        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        """As `lineax.AbstractLinearSolver.conj`."""
+        return lx.conj(state), options
+
+    def assume_full_rank(self) -> bool:
+        """As `lineax.AbstractLinearSolver.assume_full_rank`."""
+        return True
+
+
+class _NoAdjoint(optx.AbstractAdjoint):
+    """Only solves: what differentiates is the linear solve around it."""
+
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> PyTree[Array]:
+        del rewrite_fn, tags
+        return primal_fn(inputs + (_while_loop,))
+
+
+def _while_loop(cond_fun, body_fun, init_val, *, max_steps=None):
+    # `optimistix.FixedPointIteration` does not keep its float32 state in float32 if
+    # float64 is on (`optimistix/_solver/fixed_point.py`, version 0.1.0).
+    init_val = jtu.tree_map(jnp.asarray, init_val)
+
+    def body(carry):
+        return jtu.tree_map(
+            lambda new, old: jnp.asarray(new, old.dtype), body_fun(carry), carry
+        )
+
+    return while_loop(cond_fun, body, init_val, max_steps=max_steps)
+
+
+_LINEAR_RESULTS = {
+    "nonlinear_max_steps_reached": "max_steps_reached",
+    "nonlinear_divergence": "breakdown",
+    "nonfinite": "singular",
+    "max_steps_reached": "max_steps_reached",
+    "singular": "singular",
+    "breakdown": "breakdown",
+    "stagnation": "stagnation",
+    "conlim": "conlim",
+    "nonfinite_input": "nonfinite_input",
+}
+
+
+def _as_linear_result(result: optx.RESULTS) -> lx.RESULTS:
+    linear_result = lx.RESULTS.successful
+    for name, linear_name in _LINEAR_RESULTS.items():
+        linear_result = lx.RESULTS.where(
+            result == getattr(optx.RESULTS, name),
+            getattr(lx.RESULTS, linear_name),
+            linear_result,
+        )
+    return linear_result
