@@ -20,6 +20,7 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -66,7 +67,10 @@ def compile_and_run(function: Callable, *args: Any) -> tuple[Compiled, Any]:
     first_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     temp_bytes = 0 if memory is None else memory.temp_size_in_bytes
-    call = lambda: jax.block_until_ready(compiled(*args))
+
+    def call():
+        return jax.block_until_ready(compiled(*args))
+
     return Compiled(call, first_seconds, temp_bytes), out
 
 
@@ -239,10 +243,7 @@ def bar_figure(
         axis.set_xlim(left=left)
         axis.set_yticks(range(len(chosen)), [row[label] for row in chosen])
         axis.invert_yaxis()
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, color=f"C{i}", label=v)
-        for i, v in enumerate(values)
-    ]
+    handles = [Patch(color=f"C{i}", label=v) for i, v in enumerate(values)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(values))
     return figure
 
@@ -250,7 +251,11 @@ def bar_figure(
 def promise_figure(rows: list[Row]) -> Figure:
     """Bars of what was measured as a share of what was promised."""
     shares = [
-        {**row, "panel": "measured / promised", "share": row["measured"] / row["at most"]}
+        {
+            **row,
+            "panel": "measured / promised",
+            "share": row["measured"] / row["at most"],
+        }
         for row in rows
         if row["measured"] > 0
     ]

@@ -80,7 +80,6 @@ def discrete_methods(problem: Problem, norm: float) -> list[Method]:
     if problem.inputs[0].size <= LARGEST_DENSE_STATE:
         solvers["Newton (Optimistix)"] = optx.Newton(rtol, atol)
         solvers["Chord (Optimistix)"] = optx.Chord(rtol, atol)
-        solvers["Levenberg-Marquardt (Optimistix)"] = optx.LevenbergMarquardt(rtol, atol)
         solvers["Dogleg (Optimistix)"] = optx.Dogleg(rtol, atol)
     return [Method(name, solver) for name, solver in solvers.items()]
 

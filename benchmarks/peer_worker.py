@@ -8,6 +8,9 @@ Tolerances are relative, and each example's own where the library allows it. Whe
 library has only absolute ones, it gets the relative one times the norm of the solution.
 """
 
+# Each peer is installed for an interpreter of its own.
+# pyright: reportMissingImports=false
+
 import dataclasses
 import importlib.metadata
 import json
@@ -24,7 +27,7 @@ from problems import jax_cell, load, NORM_EPS, NUM_GROUPS, Problem
 
 MAX_STEPS = 1000
 HISTORY = 5
-# Where a default ridge keeps an Anderson acceleration from converging, one that does not.
+# Where a default ridge keeps Anderson acceleration from converging, one that does not.
 SMALL_RIDGE = 1e-10
 
 
@@ -32,8 +35,8 @@ SMALL_RIDGE = 1e-10
 class Program:
     """What one method does: solve, and solve with the gradient.
 
-    The calls return `(z_star, evaluations)` and `(z_star, gradient)`, of arrays. What it
-    needed in memory and in Jacobian products is known for some libraries only.
+    The calls return `(z_star, evaluations)` and `(z_star, gradient)`, of arrays. What
+    it needed in memory and in Jacobian products is known for some libraries only.
     """
 
     solve: Callable[[], tuple[Any, Any]]
@@ -71,11 +74,11 @@ def jax_program(
 
     solve = jax.jit(solve)
     gradient = jax.jit(jax.grad(loss, has_aux=True))
-    compiled = {}
+    compiled: dict[str, Any] = {}
 
     def call_solve():
         if "solve" not in compiled:
-            compiled["solve"] = solve.lower(weights, x, norms).compile()
+            compiled["solve"] = jax.jit(solve).lower(weights, x, norms).compile()
         z, evaluations = jax.block_until_ready(compiled["solve"](weights, x, norms))
         return z, evaluations
 

@@ -32,7 +32,9 @@ class Problem:
 
     def save(self, path: pathlib.Path) -> None:
         """Write the problem to an `.npz` file."""
-        arrays = {f"weight_{name}": value for name, value in self.weights.items()}
+        arrays: dict[str, Any] = {
+            f"weight_{name}": value for name, value in self.weights.items()
+        }
         np.savez(
             path,
             name=self.name,
@@ -82,7 +84,7 @@ def _with_spectral_radius(matrix: np.ndarray, rho: float) -> np.ndarray:
 
 
 def dense_tanh(rho: float, size: int = 256, batch: int = 128) -> Problem:
-    """`tanh(W z + x)` with a random `W` of a given spectral radius, and small inputs."""
+    """`tanh(W z + x)`: a random `W` of a given spectral radius, and small inputs."""
     rng = np.random.default_rng(0)
     matrix = _with_spectral_radius(rng.standard_normal((size, size)), rho)
     inputs = 0.1 * rng.standard_normal((batch, size))
@@ -230,7 +232,7 @@ class Reference:
 
 
 def residuals(problem: Problem, z: np.ndarray) -> np.ndarray:
-    """The relative residual `norm(f(z) - z) / norm(f(z))` of each example, in float64."""
+    """Each example's relative residual, `norm(f(z) - z) / norm(f(z))`, in float64."""
     import jax
     import jax.numpy as jnp
 
@@ -246,7 +248,7 @@ def residuals(problem: Problem, z: np.ndarray) -> np.ndarray:
 
 
 def reference(problem: Problem) -> Reference:
-    """Solve a problem and its adjoint to a relative residual of `1e-10`, and check it."""
+    """Solve a problem and its adjoint to a relative residual of `1e-10`; checked."""
     import jax
     import jax.numpy as jnp
 

@@ -34,7 +34,6 @@ from problems import (
     linear,
     Problem,
     reference,
-    residuals,
     resnet,
     tutorial,
 )

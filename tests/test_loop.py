@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from implicitnets._history import empty_history, history_set
 from implicitnets._loop import Unfrozen, while_loop
-from implicitnets._misc import history_set
 
 
 def count_up(start, end):
@@ -18,11 +18,12 @@ def count_up(start, end):
         history = history_set(history.value, index.value, value)
         return value + 1, Unfrozen(index.value + 1), Unfrozen(history)
 
-    history = Unfrozen(jnp.zeros(8, jnp.result_type(int)))
+    start = jnp.asarray(start)
+    history = Unfrozen(empty_history(8, start))
     value, _, history = while_loop(
         cond, body, (start, Unfrozen(jnp.array(0)), history), max_steps=6
     )
-    return value, history.value
+    return value, history.value[:, 0]
 
 
 def test_as_a_python_loop():

@@ -145,7 +145,7 @@ def test_returns_the_best_iterate_evaluated():
         assert sol.result == optx.RESULTS.nonlinear_max_steps_reached
         return float(jnp.linalg.norm(arctan_cell(sol.value, args) - sol.value))
 
-    residuals = [residual(max_steps) for max_steps in (1, 2, 3, 5, 8)]
+    residuals = [residual(max_steps) for max_steps in (1, 3, 8)]
     assert residuals == sorted(residuals, reverse=True)
     assert residuals[-1] < 0.95 * residuals[0]
 

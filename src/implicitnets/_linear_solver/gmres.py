@@ -10,13 +10,17 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
+from .._history import (
+    empty_history,
+    history_combine,
+    history_dot,
+    history_get,
+    history_set,
+)
 from .._loop import Unfrozen, while_loop
 from .._misc import (
     check_hyperparameter,
     check_tolerances,
-    history_combine,
-    history_dot,
-    history_set,
     tree_dot,
     working_dtype,
 )
@@ -162,6 +166,7 @@ class GivensGMRES(lx.AbstractLinearSolver):
             def step(cycle):
                 return _arnoldi_step(
                     lambda x: product(precondition(x)),
+                    b,
                     start_norm,
                     cycle,
                     cycle_goes_on(cycle),
@@ -172,7 +177,7 @@ class GivensGMRES(lx.AbstractLinearSolver):
                 step,
                 _start_cycle(solve.residual, start_norm, solve.basis.value, restart),
             )
-            combination, rounding_error = _combine(cycle, start_norm)
+            combination, rounding_error = _combine(cycle, b, start_norm)
             new_solution = jtu.tree_map(
                 jnp.add, solve.solution, precondition(combination)
             )
@@ -208,9 +213,6 @@ class GivensGMRES(lx.AbstractLinearSolver):
                 basis=cycle.basis,
             )
 
-        def empty_basis(x):
-            return jnp.zeros((restart + 1, *x.shape), dtype)
-
         solve = while_loop(
             solve_goes_on,
             run_cycle,
@@ -223,7 +225,7 @@ class GivensGMRES(lx.AbstractLinearSolver):
                 stagnation=jnp.array(False),
                 singular=jnp.array(False),
                 num_cycles=Unfrozen(jnp.array(0)),
-                basis=Unfrozen(jtu.tree_map(empty_basis, b)),
+                basis=Unfrozen(empty_history(restart + 1, b)),
             ),
         )
         # Of NaN, and of infinity, no comparison with the target tells.
@@ -322,6 +324,7 @@ def _start_cycle(
 
 def _arnoldi_step(
     product: Callable[[PyTree[Array]], PyTree[Array]],
+    like: PyTree[Array],
     start_norm: Scalar,
     cycle: _Cycle,
     active: Bool[Array, ""],
@@ -330,10 +333,7 @@ def _arnoldi_step(
     basis = cycle.basis.value
     last_row = cycle.last_row.value
     rows = jnp.arange(last_row.shape[0])
-    newest = jtu.tree_map(
-        lambda vectors: lax.dynamic_index_in_dim(vectors, j, keepdims=False), basis
-    )
-    image = product(newest)
+    image = product(history_get(basis, j, like))
     image_norm = _norm(image)
     once = _orthogonalise(basis, image, rows <= j)
     cancelled = active & (once[2] < _CANCELLATION * image_norm)
@@ -378,12 +378,14 @@ def _orthogonalise(
     # All of the basis at once, the part not filled yet included: two products with a
     # matrix, which is faster than a loop over the part that is.
     projections = jnp.where(filled, history_dot(basis, vector), 0)
-    span = history_combine(projections, basis)
+    span = history_combine(projections, basis, vector)
     vector = jtu.tree_map(jnp.subtract, vector, span)
     return vector, projections, _norm(vector)
 
 
-def _combine(cycle: _Cycle, start_norm: Scalar) -> tuple[PyTree[Array], Scalar]:
+def _combine(
+    cycle: _Cycle, like: PyTree[Array], start_norm: Scalar
+) -> tuple[PyTree[Array], Scalar]:
     """The element of the Krylov space with the least residual: back substitution.
 
     **Returns:**
@@ -411,5 +413,7 @@ def _combine(cycle: _Cycle, start_norm: Scalar) -> tuple[PyTree[Array], Scalar]:
     image_norms = jnp.sqrt(jnp.sum(hessenberg**2, axis=1))
     largest = jnp.max(jnp.abs(coefficients) * image_norms)
     rounding_error = _ROUNDINGS * jnp.finfo(pivots.dtype).eps * largest
-    vectors = jtu.tree_map(lambda x: x[:restart], cycle.basis.value)
-    return history_combine(coefficients, vectors), rounding_error
+    # The last vector of the basis is none of the columns'.
+    coefficients = jnp.pad(coefficients, (0, 1))
+    element = history_combine(coefficients, cycle.basis.value, like)
+    return element, rounding_error

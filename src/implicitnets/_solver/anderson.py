@@ -6,13 +6,11 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree, Scalar, ScalarLike
 
+from .._history import empty_history, history_combine, history_dot, history_set
 from .._loop import Unfrozen
 from .._misc import (
     check_hyperparameter,
     check_tolerances,
-    history_combine,
-    history_dot,
-    history_set,
     tree_dot,
     working_dtype,
 )
@@ -139,7 +137,7 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
         m = self.history_size
         dtype = working_dtype(y)
         zeros = jtu.tree_map(jnp.zeros_like, y)
-        empty = jtu.tree_map(lambda x: jnp.zeros((m, *x.shape), x.dtype), y)
+        empty = empty_history(m, y)
         history = _History(
             f=zeros,
             residual=zeros,
@@ -198,13 +196,13 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
             history.projection * stored,
             jnp.asarray(self.ridge, dtype),
         )
-        correction = history_combine(gamma, history.f_differences)
+        correction = history_combine(gamma, history.f_differences, f)
         if isinstance(self.damping, int | float) and self.damping == 0:
             return jtu.tree_map(
                 lambda a, c: (a.astype(dtype) - c).astype(a.dtype), f, correction
             )
         damping = jnp.asarray(self.damping, dtype)
-        remainder = history_combine(gamma, history.residual_differences)
+        remainder = history_combine(gamma, history.residual_differences, f)
 
         def mix(a, c, r, q):
             mixed = a.astype(dtype) - c - damping * (r.astype(dtype) - q)
