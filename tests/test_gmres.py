@@ -240,7 +240,7 @@ def test_verifies_what_rounding_may_have_spoilt(getkey):
     residual = _relative_residual(matrix, solution.value, b)
     assert solution.stats["num_steps"] > n
     told = solution.stats["residual_norm"] / jnp.linalg.norm(b)
-    assert residual == pytest.approx(float(told), abs=1e-5)
+    assert residual == pytest.approx(float(told), abs=3e-5)
     if solution.result == lx.RESULTS.successful:
         assert residual <= 2e-5
 

@@ -22,7 +22,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 def empty_history(
     num_rows: int, vector: PyTree[Array], dtype: Any = None
-) -> PyTree[Float[Array, "rows _"]]:
+) -> PyTree[Array]:
     """A history of zeros.
 
     **Arguments:**

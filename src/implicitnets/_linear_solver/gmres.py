@@ -59,10 +59,13 @@ class GivensGMRES(lx.AbstractLinearSolver):
     - `y0`: where to start; zero by default. A start costs one product.
 
     The statistics are `num_steps` (the products with the operator) and `residual_norm`
-    (`two_norm(b - A x)`, as the rotations give it). The result tells running out of
-    steps, breakdown (the operator is singular on the Krylov space) and stagnation (a
-    whole cycle without progress: more `restart`, a preconditioner, or a tolerance above
-    what rounding allows, are the remedies) apart.
+    (`two_norm(b - A x)`). The rotations tell the residual of exact arithmetic; where
+    rounding may have made another of it (after a restart, or when the solution is huge)
+    it is verified by a product, so that success is never claimed wrongly, and a cycle
+    that has not helped is taken back. The result tells running out of steps, breakdown
+    (a cycle without progress, since the operator is singular on the Krylov space, to
+    rounding) and stagnation (any other cycle without progress: more `restart`, a
+    preconditioner, or a tolerance above what rounding allows, are the remedies) apart.
 
     **Arguments:**
 
