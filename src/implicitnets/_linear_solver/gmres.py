@@ -27,8 +27,9 @@ from .._misc import (
 
 
 # Orthogonalise a second time if less than this share of a product was left: what is
-# left has then lost a digit to cancellation (Giraud et al., *The loss of orthogonality
-# in the Gram-Schmidt orthogonalization process*, 2005).
+# left has then lost accuracy to cancellation, and the losses of the steps multiply
+# (Giraud et al., *The loss of orthogonality in the Gram-Schmidt orthogonalization
+# process*, 2005).
 _CANCELLATION = 0.5
 
 # A column of the triangular factor this many roundings long is none.
