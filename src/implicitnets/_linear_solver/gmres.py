@@ -337,10 +337,15 @@ def _arnoldi_step(
     basis = cycle.basis.value
     last_row = cycle.last_row.value
     rows = jnp.arange(last_row.shape[0])
-    image = product(history_get(basis, j, like))
+    newest = history_get(basis, j, like)
+    image = product(newest)
     image_norm = _norm(image)
+    # The operator of an implicit adjoint has most of the product along the vector
+    # itself. Without that first there is little to cancel.
+    along = tree_dot(newest, image)
+    image = jtu.tree_map(lambda x, v: x - along * v, image, newest)
     once = _orthogonalise(basis, image, rows <= j)
-    cancelled = active & (once[2] < _CANCELLATION * image_norm)
+    cancelled = active & (once[2] < _CANCELLATION * _norm(image))
 
     def again():
         vector, projections, norm = _orthogonalise(basis, once[0], rows <= j)
@@ -349,6 +354,7 @@ def _arnoldi_step(
         return jtu.tree_map(lambda x, y: jnp.where(cancelled, x, y), twice, once)
 
     image, projections, norm = lax.cond(eqxi.unvmap_any(cancelled), again, lambda: once)
+    projections = projections + jnp.where(rows == j, along, 0)
 
     # The rotation that zeroes the last element of the new column of the Hessenberg
     # matrix, as the rotations before have left it.
