@@ -36,6 +36,8 @@ LIBRARIES = (
 )
 # A call shorter than this is timed several at a time.
 SHORTEST_SECONDS = 0.02
+# A row that has taken longer altogether is not timed again.
+LONGEST_SECONDS = 20.0
 
 Row = dict[str, Any]
 
@@ -101,7 +103,8 @@ def interleave(
     times = {key: [timer(1.0)] for key, timer in timers.items()}
     for _ in progress(range(repeats), description):
         for key, timer in timers.items():
-            times[key].append(timer(times[key][-1]))
+            if len(times[key]) == 1 or sum(times[key]) < LONGEST_SECONDS:
+                times[key].append(timer(times[key][-1]))
     return {key: statistics.median(values[1:]) for key, values in times.items()}
 
 

@@ -77,6 +77,7 @@ class Worker:
         self.library = library
         self.folder = folder
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        self.log = folder / f"{library}.log"
         self.process = subprocess.Popen(
             [
                 python,
@@ -87,7 +88,7 @@ class Worker:
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.log.open("w"),
             text=True,
             env=environment,
         )
@@ -103,7 +104,11 @@ class Worker:
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        return json.loads(line) if line else {"missing": "its process ended"}
+        if not line:
+            code = self.process.wait()
+            last = self.log.read_text().strip().splitlines()[-1:]
+            return {"missing": f"its process ended with code {code} {' '.join(last)}"}
+        return json.loads(line)
 
     def close(self) -> None:
         """End the process."""
@@ -147,7 +152,10 @@ class Worker:
 
         def seconds(estimate: float) -> float:
             number = max(1, round(SHORTEST_SECONDS / max(estimate, 1e-6)))
-            return self.ask(do=what, method=method, number=number)["seconds"]
+            answer = self.ask(do=what, method=method, number=number)
+            if "seconds" not in answer:
+                raise RuntimeError(f"{self.library}, {method}: {answer['missing']}.")
+            return answer["seconds"]
 
         return seconds
 
