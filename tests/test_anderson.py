@@ -1,3 +1,5 @@
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -38,11 +40,14 @@ def relative_residual(fn, z, args):
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("period", (1, 3))
 @pytest.mark.parametrize("history_size, most", ((5, 65), (10, 40)))
-def test_linear_map_needs_few_evaluations(history_size, most, seed):
+def test_linear_map_needs_few_evaluations(history_size, most, period, seed):
     """Plain iteration needs about 200 to 280 here."""
     args = make_matrix(50, 0.95, seed, symmetric=True), make_vector(50)
-    solver = inn.AndersonAcceleration(1e-6, 0.0, history_size=history_size)
+    solver = inn.AndersonAcceleration(
+        1e-6, 0.0, history_size=history_size, period=period
+    )
     sol = solve(linear_map, solver, jnp.zeros(50), args)
     assert sol.result == optx.RESULTS.successful
     assert sol.stats["nfe"] == sol.stats["num_steps"] <= most
@@ -81,6 +86,19 @@ def test_accelerates_from_the_second_step_on():
     )
     assert sol.stats["nfe"] == 3
     assert np.allclose(sol.value, 0.25, rtol=1e-5)
+
+
+def test_steps_of_the_plain_iteration_lie_between_accelerations():
+    args = make_matrix(8, 0.9), make_vector(8)
+    solver = inn.AndersonAcceleration(0.0, 0.0, history_size=2)
+    fn = ft.partial(solver.step, lambda z, args: (linear_map(z, args), None))
+    z, accelerated = jnp.zeros(8), []
+    state = solver.init(lambda z, args: (z, None), z, args, {}, z, None, frozenset())
+    for _ in range(6):
+        new_z, state, _ = fn(z, args, {}, state, frozenset())
+        accelerated.append(relative_error(new_z, linear_map(z, args)) > 1e-4)
+        z = new_z
+    assert accelerated == [False, True, False, False, True, False]
 
 
 def test_history_of_one_beats_plain_iteration():
@@ -238,6 +256,7 @@ def test_small_systems_agree_with_lapack():
         ("rtol", -1.0),
         ("atol", -1.0),
         ("history_size", 0),
+        ("period", 0),
         ("ridge", 0.0),
         ("damping", 1.0),
     ),

@@ -6,7 +6,7 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 
 _Value = TypeVar("_Value")
@@ -77,3 +77,29 @@ def while_loop(
     init = (jnp.array(0), jnp.asarray(cond_fun(init_val)), init_val)
     _, _, final_val = lax.while_loop(any_active, advance, init)
     return final_val
+
+
+def materialise(value: _Value, counter: Int[Array, ""]) -> _Value:
+    """Have a value in memory before anything reads it.
+
+    XLA on CPU fuses the end of a computation into every one of its readers, and so
+    computes it again in each: a group norm or a `tanh` at the end of a cell four times
+    a step. A branch is a border to fusion, where `optimization_barrier` is removed
+    before it.
+
+    **Arguments:**
+
+    - `value`: any pytree of arrays.
+    - `counter`: a number of at least zero that XLA does not know to be so, the same for
+        a whole batch.
+
+    **Returns:**
+
+    `value`.
+    """
+    return lax.cond(
+        counter >= 0,
+        lambda x: x,
+        lambda x: jtu.tree_map(jnp.zeros_like, x),
+        value,
+    )

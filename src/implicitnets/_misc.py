@@ -40,6 +40,21 @@ def tree_dot(x: PyTree[Array], y: PyTree[Array]) -> Scalar:
     return sum(jtu.tree_leaves(products), start=jnp.zeros((), dtype))
 
 
+def tree_astype(tree: PyTree[Array], dtype: Any) -> PyTree[Array]:
+    """Cast every leaf of a pytree.
+
+    **Arguments:**
+
+    - `tree`: a pytree of arrays.
+    - `dtype`: the dtype to cast to.
+
+    **Returns:**
+
+    The pytree, in that dtype.
+    """
+    return jtu.tree_map(lambda x: x.astype(dtype), tree)
+
+
 def tree_all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     """Whether every element of every leaf is finite.
 

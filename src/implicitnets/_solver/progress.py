@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
-from .._misc import tree_all_finite, working_dtype
+from .._misc import tree_astype, working_dtype
 
 
 _Y = TypeVar("_Y", bound=PyTree[Array])
@@ -70,8 +70,8 @@ class Progress(eqx.Module, Generic[_Y]):
         dtype = self.error.dtype
         rtol = jnp.asarray(rtol, dtype)
         atol = jnp.asarray(atol, dtype)
-        residual_norm = norm(residual).astype(dtype)
-        f_norm = norm(f).astype(dtype)
+        residual_norm = norm(tree_astype(residual, dtype)).astype(dtype)
+        f_norm = norm(tree_astype(f, dtype)).astype(dtype)
         tolerance = atol + rtol
         # In these units the rule reads `error <= atol + rtol`, and the error is the
         # relative residual if `atol = 0`, the absolute one if `rtol = 0` or if both are
@@ -97,7 +97,7 @@ class Progress(eqx.Module, Generic[_Y]):
             divergence_bound=bound,
             converged=error <= tolerance,
             diverged=residual_norm > bound,
-            finite=tree_all_finite(f),
+            finite=jnp.isfinite(residual_norm + f_norm),
             num_evaluations=self.num_evaluations + 1,
         )
 
