@@ -23,6 +23,7 @@ ROUNDING = 2 * float(np.finfo(np.float32).eps)
 # some of a ResNet's rectifiers, each of which changes the gradient at a stroke.
 LARGEST_GRADIENT_ERROR = {
     "tanh": 1e-2,
+    "conv": 1e-2,
     "linear": 1e-2,
     "resnet": 5e-2,
     "tutorial": 1e-2,

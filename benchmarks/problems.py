@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 
-Kind = Literal["tanh", "linear", "resnet", "tutorial"]
+Kind = Literal["tanh", "conv", "linear", "resnet", "tutorial"]
 NORM_EPS = 1e-5
 NUM_GROUPS = 8
 
@@ -90,6 +90,20 @@ def dense_tanh(rho: float, size: int = 256, batch: int = 128) -> Problem:
     inputs = 0.1 * rng.standard_normal((batch, size))
     name = f"tanh {size}, radius {rho}"
     return _problem(name, "tanh", {"matrix": matrix}, inputs, 1e-4, rng)
+
+
+def conv_tanh(
+    rho: float, channels: int = 8, size: int = 14, batch: int = 16
+) -> Problem:
+    """`tanh(conv(z) + x)`, periodic: a random kernel of a given spectral radius."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((channels, channels, 3, 3))
+    # Periodic convolutions are diagonal in Fourier space but for the channels.
+    symbol = np.fft.fft2(kernel, (size, size)).transpose(2, 3, 0, 1)
+    kernel = kernel * (rho / np.max(np.abs(np.linalg.eigvals(symbol))))
+    inputs = 0.1 * rng.standard_normal((batch, channels, size, size))
+    name = f"conv tanh, radius {rho}"
+    return _problem(name, "conv", {"kernel": kernel}, inputs, 1e-4, rng)
 
 
 def linear(
@@ -177,6 +191,15 @@ def jax_cell(kind: Kind) -> Any:
         weights, x = args
         return jnp.tanh(weights["matrix"] @ z + x)
 
+    def conv(z, args):
+        weights, x = args
+        z = jnp.pad(z, ((0, 0), (1, 1), (1, 1)), mode="wrap")
+        numbers = ("NCHW", "OIHW", "NCHW")
+        z = lax.conv_general_dilated(
+            z[None], weights["kernel"], (1, 1), "VALID", dimension_numbers=numbers
+        )[0]
+        return jnp.tanh(z + x)
+
     def linear(z, args):
         weights, x = args
         return weights["matrix"] @ z + x
@@ -193,9 +216,13 @@ def jax_cell(kind: Kind) -> Any:
         y = y + jnp.tanh(convolve(weights["inject"], x))
         return jnp.tanh(convolve(weights["mix"], y))
 
-    return {"tanh": tanh, "linear": linear, "resnet": resnet, "tutorial": tutorial}[
-        kind
-    ]
+    return {
+        "tanh": tanh,
+        "conv": conv,
+        "linear": linear,
+        "resnet": resnet,
+        "tutorial": tutorial,
+    }[kind]
 
 
 def layer_cell(kind: Kind, weights: Any) -> Any:
@@ -223,6 +250,14 @@ class Reference:
     def norms(self) -> np.ndarray:
         """The norm of every example's equilibrium."""
         return np.linalg.norm(self.z_star.reshape(len(self.z_star), -1), axis=1)
+
+    def cosine(self, gradient: dict[str, np.ndarray]) -> float:
+        """The cosine of the angle between a gradient and the exact one."""
+        a, b = (
+            np.concatenate([np.ravel(g[n]).astype(float) for n in sorted(gradient)])
+            for g in (gradient, self.gradient)
+        )
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
     def gradient_error(self, gradient: dict[str, np.ndarray]) -> float:
         """The relative error of a gradient, over all weights together."""

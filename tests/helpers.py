@@ -1,5 +1,6 @@
 """The problems that the tests share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -106,6 +107,35 @@ def problem(name: str) -> tuple[Any, PyTree[Array]]:
         return conv_cell(), make_vector(32).reshape(2, 4, 4)
     x = make_vector(6)
     return pair_cell(), {"a": x[:2], "b": x[2:].reshape(2, 2)}
+
+
+class SumCell(eqx.Module):
+    """`tanh(hidden(z) + inject(x))`."""
+
+    hidden: Callable
+    inject: Callable
+
+    def __call__(self, z, x):
+        return jnp.tanh(self.hidden(z) + self.inject(x))
+
+
+def multiscale_layers(sizes: tuple[int, ...], key: Array) -> tuple[tuple, tuple, tuple]:
+    """Main, mapping and post-fuse layers, linear ones; the input has the first size."""
+    keys = iter(jr.split(key, len(sizes) * (len(sizes) + 1) + 1))
+
+    def linear(n, m):
+        return eqx.nn.Linear(n, m, use_bias=False, key=next(keys))
+
+    first, *others = sizes
+    main = (
+        SumCell(linear(first, first), linear(first, first)),
+        *(linear(n, n) for n in others),
+    )
+    mapping = tuple(
+        tuple(eqx.nn.Identity() if n == m else linear(n, m) for m in sizes)
+        for n in sizes
+    )
+    return main, mapping, tuple(eqx.nn.Lambda(jnp.tanh) for _ in sizes)
 
 
 def loss_weights(tree: PyTree[Array]) -> PyTree[Array]:

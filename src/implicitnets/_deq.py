@@ -14,8 +14,10 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._adjoint.implicit import ImplicitAdjoint
+from ._adjoint.report import AdjointReport, with_probe
 from ._convolution import fast_convolutions
 from ._misc import check_hyperparameter, tree_all_finite
+from ._parametrise import resolve
 from ._solution import EquilibriumSolution
 from ._solver.anderson import AndersonAcceleration
 from ._solver.progress import DIVERGENCE_FACTOR
@@ -95,6 +97,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         *,
         z0: PyTree[Array] | None = None,
         key: PRNGKeyArray | None = None,
+        probe: AdjointReport | None = None,
     ) -> PyTree[Array]:
         """The equilibrium for one input.
 
@@ -105,6 +108,8 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
             last equilibrium of a slowly changing input.
         - `key`: passed on to a cell with an argument `key`, the same for every
             evaluation in this solve and its gradient.
+        - `probe`: differentiate with respect to it to know how the backward pass went:
+            see [`implicitnets.AdjointReport`][]. Unrolling has nothing to report.
 
         **Returns:**
 
@@ -114,7 +119,23 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
 
         As `solve`.
         """
-        return self.solve(x, z0=z0, key=key).z_star
+        return self.solve(x, z0=z0, key=key, probe=probe).z_star
+
+    def evaluate(
+        self, z: PyTree[Array], x: PyTree, *, key: PRNGKeyArray | None = None
+    ) -> PyTree[Array]:
+        """One evaluation of the cell, as the solve makes it.
+
+        **Arguments:**
+
+        - `z`: the state.
+        - `x`, `key`: as `__call__`.
+
+        **Returns:**
+
+        The cell's value, of the structure of the state.
+        """
+        return _call_cell(z, (resolve(self.cell), x, key))
 
     def solve(
         self,
@@ -122,12 +143,13 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         *,
         z0: PyTree[Array] | None = None,
         key: PRNGKeyArray | None = None,
+        probe: AdjointReport | None = None,
     ) -> EquilibriumSolution:
         """The equilibrium for one input, and how it was found.
 
         **Arguments:**
 
-        - `x`, `z0`, `key`: as `__call__`.
+        - `x`, `z0`, `key`, `probe`: as `__call__`.
 
         **Returns:**
 
@@ -137,6 +159,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
 
         `ValueError` when tracing, if the cell does not map the state's structure,
         shapes and dtypes to themselves or if the state is not real floating point;
+        `TypeError` when tracing, for a `probe` with an adjoint that does not report;
         `RuntimeError` when running, with `throw=True`, if the solve was not successful.
         """
         if not isinstance(self.fixed_depth, int):
@@ -145,12 +168,14 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
                 f"integer; got {self.fixed_depth!r}. Use `equinox.filter_jit` and the "
                 "other filtered transformations on a model with an equilibrium layer."
             )
+        # Normalised weights are computed here, and not in every evaluation.
+        self = resolve(self)
         z0 = self.start(x, key=key) if z0 is None else z0
         z0 = jtu.tree_map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), z0)
         arguments = (self.cell, x, key)
         _check_state(z0, eqx.filter_eval_shape(_call_cell, z0, arguments))
         if self.fixed_depth == 0:
-            z_star, result, stats = self._find(z0, arguments)
+            z_star, result, stats = self._find(z0, arguments, probe)
         else:
             z_star, result, stats = self._unroll(z0, arguments)
         residual = lax.stop_gradient(_residual(z_star, arguments))
@@ -161,8 +186,8 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
             z_star=z_star, z0=z0, residual=residual, result=result, stats=stats
         )
 
-    def _find(self, z0, arguments):
-        adjoint = self.adjoint
+    def _find(self, z0, arguments, probe):
+        adjoint = self.adjoint if probe is None else with_probe(self.adjoint, probe)
         if isinstance(self.solver, _Minimising):
             adjoint = _ResidualAdjoint(adjoint)
         solution = optx.fixed_point(
@@ -279,7 +304,7 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
         """`init(x)`, or `cell(0, x)`."""
         if self.init is None:
             zeros = jtu.tree_map(jnp.zeros_like, x)
-            return _call_cell(zeros, (self.cell, x, key))
+            return _call_cell(zeros, (resolve(self.cell), x, key))
         return self.init(x)
 
 

@@ -2,8 +2,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree, Scalar
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar
 
 
 def working_dtype(tree: PyTree[Array]) -> jnp.dtype:
@@ -55,6 +56,26 @@ def tree_astype(tree: PyTree[Array], dtype: Any) -> PyTree[Array]:
     return jtu.tree_map(lambda x: x.astype(dtype), tree)
 
 
+def tree_normal(key: PRNGKeyArray, like: PyTree[Array]) -> PyTree[Array]:
+    """Standard normal numbers.
+
+    **Arguments:**
+
+    - `key`: a random key.
+    - `like`: the structure, shapes and dtypes.
+
+    **Returns:**
+
+    A pytree like `like`.
+    """
+    leaves, treedef = jtu.tree_flatten(like)
+    keys = jr.split(key, len(leaves))
+    return jtu.tree_unflatten(
+        treedef,
+        [jr.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
+    )
+
+
 def tree_all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     """Whether every element of every leaf is finite.
 
@@ -88,6 +109,24 @@ def check_hyperparameter(owner: Any, name: str, valid: bool, allowed: str) -> No
         raise ValueError(
             f"`{type(owner).__name__}({name}=...)` must be {allowed}; got {value!r}."
         )
+
+
+def check_argument(name: str, value: Any, valid: bool, allowed: str) -> None:
+    """Raise a `ValueError` that names a function's argument and what is allowed.
+
+    **Arguments:**
+
+    - `name`: the argument's name.
+    - `value`: its value.
+    - `valid`: whether its value is allowed.
+    - `allowed`: what is, in words.
+
+    **Raises:**
+
+    `ValueError` if not `valid`.
+    """
+    if not valid:
+        raise ValueError(f"`{name}` must be {allowed}; got {value!r}.")
 
 
 def check_tolerances(owner: Any) -> None:

@@ -1,8 +1,14 @@
-import jax.numpy as jnp
-import jax.tree_util as jtu
-from jaxtyping import Scalar
+from collections.abc import Callable
+from typing import Any
 
-from ._misc import working_dtype
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
+
+from ._misc import check_argument, tree_dot, tree_normal, working_dtype
 from ._solution import EquilibriumSolution
 
 
@@ -30,3 +36,122 @@ def skip_penalty(solution: EquilibriumSolution) -> Scalar:
     errors = jtu.tree_map(sum_squares, solution.z_star, solution.z0)
     size = sum(x.size for x in jtu.tree_leaves(solution.z_star))
     return sum(jtu.tree_leaves(errors), start=jnp.zeros((), dtype)) / size
+
+
+def jacobian_penalty(
+    cell: Callable[[PyTree[Array], Any], PyTree[Array]],
+    z: PyTree[Array],
+    x: Any,
+    *,
+    key: PRNGKeyArray,
+    num_samples: int = 1,
+    detach: bool = True,
+) -> Scalar:
+    r"""How strongly a cell depends on its state: keeps equilibria easy to find.
+
+    An unbiased estimate of $\lVert J \rVert_F^2 / d$ with the cell's Jacobian $J$ with
+    respect to the state, of $d$ elements: the mean of $\lVert v^T J \rVert^2 / d$ over
+    normal samples $v$ (Bai et al., *Stabilizing Equilibrium Models by Jacobian
+    Regularization*, 2021, equation 5). A training step with it costs about as much as
+    one more evaluation and its gradient, for every sample.
+
+    **Arguments:**
+
+    - `cell`: `cell(z, x) -> z`. Bind the key of a cell that takes one, and normalised
+        weights, as the layer had them.
+    - `z`: one example's state, usually its equilibrium.
+    - `x`: the cell's second argument.
+    - `key`: for the samples; another one in every training step and for every example.
+        Keyword only argument.
+    - `num_samples`: how many samples to take. Keyword only argument.
+    - `detach`: whether `z` counts as a constant, as in the paper's code, so that the
+        gradient changes the Jacobian where the equilibrium is. Otherwise the gradient
+        also moves the equilibrium, through the layer's adjoint, to where the Jacobian
+        is small: exact, and one more backward solve. Keyword only argument.
+
+    **Returns:**
+
+    A scalar; take the mean over a batch.
+
+    **Raises:**
+
+    `ValueError` if `num_samples` is not positive.
+    """
+    check_argument("num_samples", num_samples, num_samples >= 1, "at least 1")
+    if detach:
+        z = lax.stop_gradient(z)
+    _, pull_back = jax.vjp(lambda z: cell(z, x), z)
+
+    def estimate(key):
+        (product,) = pull_back(tree_normal(key, z))
+        return tree_dot(product, product)
+
+    estimates = jax.vmap(estimate)(jr.split(key, num_samples))
+    return jnp.mean(estimates) / sum(leaf.size for leaf in jtu.tree_leaves(z))
+
+
+def sometimes(
+    probability: ScalarLike,
+    penalty: Callable[[PRNGKeyArray], Scalar],
+    *,
+    key: PRNGKeyArray,
+) -> Scalar:
+    """A penalty in a random part of the training steps, and zero in the others.
+
+    A penalty that is dear to compute does its work also when it is there in one step of
+    three (Bai et al., *Stabilizing Equilibrium Models by Jacobian Regularization*,
+    2021, section 4: probabilities 0.05 to 0.4). In the other steps it is not computed,
+    if this is called on the batch: under `vmap` it would be, for every example.
+
+    **Arguments:**
+
+    - `probability`: that of the penalty to count. It is not divided by it.
+    - `penalty`: `penalty(key) -> scalar`.
+    - `key`: decides, and gives the penalty its own. Keyword only argument.
+
+    **Returns:**
+
+    The penalty, or zero.
+    """
+    decide, key = jr.split(key)
+    structure = jax.eval_shape(penalty, key)
+    return lax.cond(
+        jr.bernoulli(decide, probability),
+        penalty,
+        lambda _: jnp.zeros(structure.shape, structure.dtype),
+        key,
+    )
+
+
+def growing_weight(
+    initial: float, increment: float, every: int, *, begin: int = 0
+) -> Callable[[ScalarLike], Scalar]:
+    """A penalty's weight that grows by steps in the course of training.
+
+    As the weight of the Jacobian penalty in Bai et al., *Stabilizing Equilibrium Models
+    by Jacobian Regularization*, 2021: the deeper into training, the more a model tends
+    to equilibria that are hard to find.
+
+    **Arguments:**
+
+    - `initial`: the first weight.
+    - `increment`: by how much it grows.
+    - `every`: in how many training steps.
+    - `begin`: from which training step on. Zero weight before. Keyword only argument.
+
+    **Returns:**
+
+    A schedule in the form of Optax': a function from the training step to the weight.
+
+    **Raises:**
+
+    `ValueError` if `every` is not positive.
+    """
+    check_argument("every", every, every >= 1, "at least 1")
+
+    def schedule(step: ScalarLike) -> Scalar:
+        steps = jnp.asarray(step) - begin
+        weight = initial + increment * jnp.floor_divide(steps, every).astype(float)
+        return jnp.where(steps >= 0, weight, 0.0)
+
+    return schedule

@@ -106,8 +106,11 @@ class VCABM3(dfx.AbstractAdaptiveSolver):
             )
             old = old & ~jnp.asarray(made_jump)
         d0 = jtu.tree_map(lambda d: jnp.where(old, d, 0), solver_state.difference)
-        # Signed: negative when integrating backwards in time.
+        # Signed: negative when integrating backwards in time. Zero once an example has
+        # come to its end before others of its batch: what it gives then is discarded,
+        # but a division by it would leave NaN in the gradient.
         h = terms.contr(t0, t1)
+        h = jnp.where(h == 0, jnp.ones_like(h), h)
         p = solver_state.previous_dt
 
         # The polynomial through the known values of the vector field is

@@ -9,7 +9,13 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
-from .._history import empty_history, history_combine, history_dot, history_set
+from .._history import (
+    empty_history,
+    history_combine,
+    history_dot,
+    history_get,
+    history_set,
+)
 from .._loop import Unfrozen
 from .._misc import (
     check_hyperparameter,
@@ -39,11 +45,13 @@ class _Memory(eqx.Module):
 
     For every remembered step `s`, over which the residual changed by `y`, `W` has the
     row `(s + y) / |y|` and `Q` the row `y / |y|` (bad update) or `s / |s|` (good one).
-    The inverse Jacobian is `-I - W^T A^-1 Q`, where `A` is `Q Y^T` on and above the
+    The inverse Jacobian is `-I + W^T A^-1 Q`, where `A` is `Q Y^T` on and above the
     diagonal, `Y` having the rows `y / |y|`, and below it zero in the row of a bad
     update and that of `Q W^T` in the row of a good one.
 
-    `q` and `w` are ring buffers. Everything else is in the order of the updates.
+    `q` and `w` are ring buffers. Everything else is in the order of the updates. These
+    two and the matrix stay as they are for an example that has finished, so that the
+    inverse can be used after the solve; the rest is free to change.
     """
 
     step: PyTree[Array]
@@ -59,7 +67,9 @@ class _Memory(eqx.Module):
     num_backtracks: Int[Array, ""]
 
 
-class _BroydenState(eqx.Module):
+class BroydenState(eqx.Module):
+    """The state of a [`Broyden`][] solve."""
+
     progress: Progress
     num_rejected_steps: Int[Array, ""]
     num_steps: Unfrozen[Int[Array, ""]]
@@ -102,6 +112,69 @@ def _solve(
 
     system = jnp.concatenate([matrix, vector[:, None]], axis=1)
     return jax.lax.fori_loop(0, size, eliminate, system)[:, -1]
+
+
+class InverseJacobian(eqx.Module):
+    """The estimate of an inverse Jacobian that a solve ends with, `-I + W^T C Q`.
+
+    **Attributes:**
+
+    - `q`, `w`: histories.
+    - `core`: the matrix between them.
+    """
+
+    q: PyTree[Array]
+    w: PyTree[Array]
+    core: Float[Array, " history history"]
+
+    def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
+        """The product with a vector.
+
+        **Arguments:**
+
+        - `vector`: of the structure of the state.
+
+        **Returns:**
+
+        The product, of the structure and dtypes of `vector`.
+        """
+        weights = _matvec(self.core, history_dot(self.q, vector))
+        correction = history_combine(weights, self.w, vector)
+        return jtu.tree_map(
+            lambda x, c: (c - x.astype(c.dtype)).astype(x.dtype), vector, correction
+        )
+
+    def transpose(self) -> "InverseJacobian":
+        """The transpose, at no cost.
+
+        **Returns:**
+
+        The transpose.
+        """
+        return InverseJacobian(q=self.w, w=self.q, core=self.core.T)
+
+
+def inverse_jacobian(state: BroydenState) -> InverseJacobian:
+    """What a Broyden solve has learned of the inverse Jacobian.
+
+    **Arguments:**
+
+    - `state`: the state at any point of the solve.
+
+    **Returns:**
+
+    The inverse Jacobian that its next step would use.
+    """
+    memory = state.memory.value
+    size = memory.matrix.shape[0]
+    identity = jnp.eye(size, dtype=memory.matrix.dtype)
+    core = jax.vmap(_solve, in_axes=(None, 1), out_axes=1)(memory.matrix, identity)
+    core = jnp.where(jnp.all(jnp.isfinite(core)), core, 0)
+    # From the order of the updates to that of the ring buffers. Not by `num_steps`,
+    # which goes on counting after an example has finished.
+    shift = (state.progress.num_evaluations - 1) % size
+    core = jnp.roll(core, (shift, shift), axis=(0, 1))
+    return InverseJacobian(q=memory.q, w=memory.w, core=core)
 
 
 def _shapes(tree):
@@ -197,7 +270,7 @@ class Broyden(optx.AbstractRootFinder):
         f_struct: PyTree[jax.ShapeDtypeStruct],
         aux_struct: PyTree[jax.ShapeDtypeStruct],
         tags: frozenset[object],
-    ) -> _BroydenState:
+    ) -> BroydenState:
         """As `optimistix.AbstractIterativeSolver.init`."""
         del fn, args, options, aux_struct, tags
         if _shapes(f_struct) != _shapes(y):
@@ -222,7 +295,7 @@ class Broyden(optx.AbstractRootFinder):
             num_stalled=jnp.array(0),
             num_backtracks=jnp.array(0),
         )
-        return _BroydenState(
+        return BroydenState(
             progress=start_progress(y),
             num_rejected_steps=jnp.array(0),
             num_steps=Unfrozen(jnp.array(0)),
@@ -235,9 +308,9 @@ class Broyden(optx.AbstractRootFinder):
         y: PyTree[Array],
         args: PyTree,
         options: dict[str, Any],
-        state: _BroydenState,
+        state: BroydenState,
         tags: frozenset[object],
-    ) -> tuple[PyTree[Array], _BroydenState, Any]:
+    ) -> tuple[PyTree[Array], BroydenState, Any]:
         """As `optimistix.AbstractIterativeSolver.step`."""
         del options, tags
         residual, aux = fn(y, args)
@@ -251,7 +324,10 @@ class Broyden(optx.AbstractRootFinder):
         improved = progress.best_error < state.progress.best_error
         num_steps = state.num_steps.value
         memory = state.memory.value
+        done, result = self._verdict(state)
+        finished = done | (result != optx.RESULTS.successful)
         num_stalled = jnp.where(improved, 0, memory.num_stalled + 1)
+        num_stalled = jnp.where(finished, memory.num_stalled, num_stalled)
 
         residual_norm = self.norm(residual).astype(dtype)
         # Not `>`, so that a step to a NaN is rejected as well.
@@ -265,7 +341,7 @@ class Broyden(optx.AbstractRootFinder):
         )
 
         memory, direction = self._update(
-            memory, num_steps, residual, residual_norm, reject, num_stalled
+            memory, num_steps, residual, residual_norm, reject, num_stalled, finished
         )
         base = jtu.tree_map(lambda x, s: jnp.where(reject, x - s, x), z, memory.step)
         new_y = jtu.tree_map(
@@ -280,7 +356,7 @@ class Broyden(optx.AbstractRootFinder):
         # The step that is made, which after rounding is not quite the one asked for.
         step = jtu.tree_map(lambda x, b: x.astype(dtype) - b, new_y, base)
         num_rejected_steps = state.num_rejected_steps
-        new_state = _BroydenState(
+        new_state = BroydenState(
             progress=progress,
             num_rejected_steps=jnp.where(
                 reject, num_rejected_steps + 1, num_rejected_steps
@@ -298,6 +374,7 @@ class Broyden(optx.AbstractRootFinder):
         residual_norm: Scalar,
         reject: Bool[Array, ""],
         num_stalled: Int[Array, ""],
+        finished: Bool[Array, ""],
     ) -> tuple[_Memory, PyTree[Array]]:
         """Learn from an evaluation; where to go from the last iterate not rejected."""
         change = jtu.tree_map(jnp.subtract, residual, memory.residual)
@@ -316,16 +393,25 @@ class Broyden(optx.AbstractRootFinder):
         else:
             good = usable & self.good_update
 
-        def make_q(s, y):
+        def make_q(s, y, old):
             q = jnp.where(good, step_scale * s, change_scale * y)
-            return jnp.where(usable, q, 0)
+            return jnp.where(finished, old, jnp.where(usable, q, 0))
 
-        def make_w(s, y):
-            return jnp.where(usable, change_scale * (s + y), 0)
+        def make_w(s, y, old):
+            w = change_scale * (s + y)
+            return jnp.where(finished, old, jnp.where(usable, w, 0))
 
         slot = (num_steps - 1) % self.history_size
-        q = history_set(memory.q, slot, jtu.tree_map(make_q, memory.step, change))
-        w = history_set(memory.w, slot, jtu.tree_map(make_w, memory.step, change))
+
+        def remember(history, make):
+            # Of a finished example what is there. The select of a row costs next to
+            # nothing, that of the whole history would cost more than the step.
+            old = history_get(history, slot, change)
+            row = jtu.tree_map(make, memory.step, change, old)
+            return history_set(history, slot, row)
+
+        q = remember(memory.q, make_q)
+        w = remember(memory.w, make_w)
         is_good = _shift(memory.is_good, good)
 
         projections = jnp.roll(history_dot(q, residual), -slot - 1)
@@ -370,7 +456,9 @@ class Broyden(optx.AbstractRootFinder):
             projections=base_projections,
             q=q,
             w=w,
-            matrix=_border(memory.matrix, row, column),
+            matrix=jnp.where(
+                finished, memory.matrix, _border(memory.matrix, row, column)
+            ),
             inverse=inverse,
             is_good=is_good,
             num_stalled=num_stalled,
@@ -384,11 +472,14 @@ class Broyden(optx.AbstractRootFinder):
         y: PyTree[Array],
         args: PyTree,
         options: dict[str, Any],
-        state: _BroydenState,
+        state: BroydenState,
         tags: frozenset[object],
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """As `optimistix.AbstractIterativeSolver.terminate`."""
         del fn, y, args, options, tags
+        return self._verdict(state)
+
+    def _verdict(self, state: BroydenState) -> tuple[Bool[Array, ""], optx.RESULTS]:
         done, result = state.progress.verdict()
         stagnates = state.memory.value.num_stalled >= self.patience
         stagnates = stagnates & ~done & (result == optx.RESULTS.successful)
@@ -406,7 +497,7 @@ class Broyden(optx.AbstractRootFinder):
         aux: Any,
         args: PyTree,
         options: dict[str, Any],
-        state: _BroydenState,
+        state: BroydenState,
         tags: frozenset[object],
         result: optx.RESULTS,
     ) -> tuple[PyTree[Array], Any, dict[str, Any]]:

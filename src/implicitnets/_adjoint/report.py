@@ -1,0 +1,168 @@
+from typing import Any, TypeVar
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Scalar
+
+
+_Adjoint = TypeVar("_Adjoint", bound=optx.AbstractAdjoint)
+
+_NAMES = (
+    "successful",
+    "max_steps_reached",
+    "singular",
+    "breakdown",
+    "stagnation",
+    "conlim",
+    "nonfinite_input",
+    "not_reversible",
+)
+
+
+class ADJOINT_RESULTS(lx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
+    """How a backward pass ended: `lineax.RESULTS`, and one of our own."""
+
+    not_reversible = (
+        "The states that a reversible solve went through could not be reconstructed "
+        "from its final ones, since rounding errors grow by `1 / damping` a step. The "
+        "fallback was used. Try fewer steps, more damping or more precision."
+    )
+
+
+class AdjointReport(eqx.Module):
+    """What happened in a backward pass: the gradient with respect to a probe.
+
+    `jax.grad` returns gradients and nothing else, so the report is one. Zeros go into
+    the layer, and what comes out as their gradient is the report:
+
+    ```python
+    def loss(params, probe):
+        z = deq(x, probe=probe)
+        ...
+
+    grads, report = jax.grad(loss, argnums=(0, 1))(params, inn.AdjointReport.probe())
+    ```
+
+    That needs no callback and works under `jit` and `vmap`. With a probe for every
+    example of a batch, that is one of shape `(batch,)` mapped over, there is a report
+    for every example; a probe that all examples share gets the sum of their reports,
+    which tells whether all were successful. In the same way a probe used in two solves
+    gets the sum. A report costs one product, for the residual; without a probe nothing
+    is computed.
+
+    In a derivative of a gradient, the report's derivative is the report on the further
+    linear solve.
+
+    **Attributes:**
+
+    - `num_steps`: the steps of the linear solver, as it counts them (for ours, the
+        Jacobian products); zero for a solver that counts none, as a direct one.
+    - `residual`: the two-norm of the linear system's residual relative to that of the
+        right-hand side, for the solution that was used, be it the fallback's.
+    - `result`: the number of the linear solver's result, 0 for success; see `status`.
+        Anything else means that the adjoint's fallback was used, if it has one.
+    """
+
+    num_steps: Float[Array, "*batch"]
+    residual: Float[Array, "*batch"]
+    result: Float[Array, "*batch"]
+
+    @classmethod
+    def probe(cls, shape: tuple[int, ...] = ()) -> "AdjointReport":
+        """Zeros, to differentiate with respect to.
+
+        **Arguments:**
+
+        - `shape`: the batch axes, if any.
+
+        **Returns:**
+
+        A report of zeros.
+        """
+        return cls(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape))
+
+    @property
+    def successful(self) -> Bool[Array, "..."]:
+        """Whether the adjoint did what was asked of it."""
+        return self.result == 0
+
+    @property
+    def status(self) -> Any:
+        """The result as an enumeration item, whose `repr` is a message.
+
+        Of `lineax.RESULTS`, with one item more, `not_reversible`. Not for sums.
+        """
+
+
+        def as_item(result):
+            item = ADJOINT_RESULTS.successful
+            for number, name in enumerate(_NAMES):
+                other = getattr(ADJOINT_RESULTS, name)
+                item = ADJOINT_RESULTS.where(result == number, other, item)
+            return item
+
+        for _ in range(self.result.ndim):
+            as_item = jax.vmap(as_item)
+        return as_item(self.result)
+
+
+def result_number(result: eqxi.Enumeration) -> Scalar:
+    """What `AdjointReport.result` has for a result.
+
+    **Arguments:**
+
+    - `result`: an item of `lineax.RESULTS` or `ADJOINT_RESULTS`.
+
+    **Returns:**
+
+    Its number, as a floating-point scalar.
+    """
+    if isinstance(result, lx.RESULTS):
+        result = ADJOINT_RESULTS.promote(result)
+    return jnp.stack(
+        [
+            jnp.where(result == getattr(ADJOINT_RESULTS, name), float(number), 0.0)
+            for number, name in enumerate(_NAMES)
+        ]
+    ).sum()
+
+
+class AbstractReportingAdjoint(optx.AbstractAdjoint):
+    """An adjoint that reports on its backward pass.
+
+    **Attributes:**
+
+    - `probe`: what to report to; `None` for no report.
+    """
+
+    probe: eqx.AbstractVar[AdjointReport | None]
+
+
+def with_probe(adjoint: _Adjoint, probe: AdjointReport) -> _Adjoint:
+    """The adjoint, reporting to a probe.
+
+    **Arguments:**
+
+    - `adjoint`: any adjoint.
+    - `probe`: what to report to.
+
+    **Returns:**
+
+    The same adjoint with that probe.
+
+    **Raises:**
+
+    `TypeError` for an adjoint that has nothing to report.
+    """
+    if not isinstance(adjoint, AbstractReportingAdjoint):
+        raise TypeError(
+            "`probe` is for adjoints that report on their backward pass, such as "
+            f"`implicitnets.ImplicitAdjoint`; got `{type(adjoint).__name__}`."
+        )
+    return eqx.tree_at(
+        lambda a: a.probe, adjoint, probe, is_leaf=lambda leaf: leaf is None
+    )

@@ -1,0 +1,242 @@
+from collections.abc import Callable
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Int, PyTree, ScalarLike
+
+from .._loop import while_loop
+from .._misc import check_hyperparameter, working_dtype
+from .._solver.reversible import ReversibleFixedPoint, ReversibleState, start_pair
+from .detach import detach, substitute
+from .implicit import ImplicitAdjoint
+from .report import (
+    AbstractReportingAdjoint,
+    ADJOINT_RESULTS,
+    AdjointReport,
+    result_number,
+)
+
+
+class ReversibleAdjoint(AbstractReportingAdjoint):
+    """Differentiate a reversible iteration by running it backwards.
+
+    The exact gradient of the iteration that was made, converged or not, as if unrolled,
+    while the states that it went through are not stored but reconstructed from the
+    final ones (*Reversible Deep Equilibrium Models*, arXiv:2509.12917, section 3.2).
+    For the solver [`implicitnets.ReversibleFixedPoint`][]. The gradient with respect to
+    the initial guess is exact, too, and so not zero.
+
+    Reconstruction multiplies rounding errors by `1 / damping` in every step. So at its
+    end it is compared with the initial guess, which is known: if they are further apart
+    than `bound`, relative to the larger of the initial guess and the solution, the
+    gradient is made by the `fallback` instead, for that example of a batch.
+
+    Reverse mode only, and only once: to differentiate again, or forwards, use
+    [`implicitnets.ImplicitAdjoint`][].
+
+    **Bias:** none with respect to the iteration, but for rounding; that of the
+    unconverged iteration with respect to the equilibrium.
+
+    **Memory:** that of one evaluation and of a few states, whatever the number of
+    steps. Under `vmap` the gradient of every parameter is accumulated by the example,
+    as in any custom rule for reverse mode; a batch solved as one state has one.
+
+    **Cost:** for every step two evaluations and two products, with the Jacobians of
+    both the state and the parameters.
+
+    **Arguments:**
+
+    - `fallback`: any Optimistix adjoint, for what could not be reconstructed. Run only
+        if some example of a batch needs it; `optimistix.RecursiveCheckpointAdjoint()`
+        gives the gradient of the iteration there, too.
+    - `bound`: the largest relative error of the reconstructed initial guess.
+    - `probe`: see [`implicitnets.AdjointReport`][]. The `residual` is the relative error
+        of the reconstructed initial guess, `num_steps` the number of evaluations that
+        were undone, and the result is successful or `not_reversible`.
+
+    **Raises:**
+
+    `TypeError` when solving, with another solver than
+    [`implicitnets.ReversibleFixedPoint`][].
+    """
+
+    fallback: optx.AbstractAdjoint = ImplicitAdjoint()
+    bound: ScalarLike = 1e-2
+    probe: AdjointReport | None = None
+
+    def __check_init__(self):
+        if isinstance(self.bound, int | float):
+            check_hyperparameter(self, "bound", self.bound >= 0, "non-negative")
+
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> PyTree[Array]:
+        """As `optimistix.AbstractAdjoint.apply`."""
+        fn, solver, y0, args, *rest = inputs
+        if not isinstance(solver, ReversibleFixedPoint):
+            raise TypeError(
+                "`ReversibleAdjoint` is for the solver "
+                f"`implicitnets.ReversibleFixedPoint`; got `{type(solver).__name__}`."
+            )
+        inputs = fn, detach(solver), y0, args, *detach(rest)
+        root, aux = _iterate(
+            (inputs, self.probe),
+            primal_fn,
+            rewrite_fn,
+            tags,
+            detach(self.fallback),
+            detach(self.bound),
+        )
+        return root, jtu.tree_map(eqxi.nondifferentiable_backward, aux)
+
+
+@eqx.filter_custom_vjp
+def _iterate(vjp_arg, primal_fn, rewrite_fn, tags, fallback, bound):
+    del rewrite_fn, tags, fallback, bound
+    inputs, _ = vjp_arg
+    return jtu.tree_map(jnp.asarray, primal_fn(inputs + (while_loop,)))
+
+
+@_iterate.def_fwd
+def _iterate_fwd(perturbed, vjp_arg, *args):
+    del perturbed
+    out = _iterate(vjp_arg, *args)
+    return out, out
+
+
+@_iterate.def_bwd
+def _iterate_bwd(
+    out, ct_out, perturbed, vjp_arg, primal_fn, rewrite_fn, tags, fallback, bound
+):
+    root, aux = out
+    ct_root, _ = ct_out
+    ct_root = jtu.tree_map(
+        lambda x, ct: jnp.zeros_like(x) if ct is None else ct, root, ct_root
+    )
+    inputs, probe = vjp_arg
+    differentiated, fixed = eqx.partition(inputs, perturbed[0])
+    _, _, state, *_ = aux
+    grads, error = _run_backwards(state, ct_root, differentiated, fixed)
+    failed = ~(error <= bound)
+
+    def fall_back():
+        def solution(differentiated):
+            inputs = eqx.combine(differentiated, fixed)
+            found = primal_fn, root, aux
+            return fallback.apply(_found, rewrite_fn, inputs + (found,), tags)[0]
+
+        (others,) = jax.vjp(solution, differentiated)[1](ct_root)
+        # By the example, so that none depends on its neighbours.
+        return jtu.tree_map(lambda x, y: jnp.where(failed, x, y), others, grads)
+
+    grads = lax.cond(eqxi.unvmap_any(failed), fall_back, lambda: grads)
+    if probe is None:
+        return grads, None
+    result = ADJOINT_RESULTS.where(
+        failed, ADJOINT_RESULTS.not_reversible, ADJOINT_RESULTS.successful
+    )
+    num_steps = (2 * state.num_best_steps).astype(error.dtype)
+    report = AdjointReport(num_steps, error, result_number(result))
+    return grads, jtu.tree_map(lambda r, p: r.astype(p.dtype), report, probe)
+
+
+def _found(inputs):
+    """A solve that was made before, for an adjoint that asks for one.
+
+    One that differentiates through the solve gets that; for any other the solve is dead
+    code.
+    """
+    *inputs, (primal_fn, root, aux), loop = inputs
+    surrogate, _ = primal_fn((*inputs, loop))
+    return substitute(surrogate, root), aux
+
+
+class _Backwards(eqx.Module):
+    """The carry of the loop over half steps, the newest first."""
+
+    num_left: Int[Array, ""]
+    older: PyTree[Array]
+    newer: PyTree[Array]
+    ct_older: PyTree[Array]
+    ct_newer: PyTree[Array]
+    grads: PyTree[Array]
+
+
+def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
+    """The gradient, and the error of the reconstructed initial guess.
+
+    Half a step takes the states `(u, v)` to `(v, solver.mix(u, f(v)))`, whichever of
+    the two sequences it is that gets a new one.
+    """
+    fn, solver, y0, args, *_ = eqx.combine(differentiated, fixed)
+    del fn, args
+
+    # Of half-precision parameters the gradients are accumulated in float32.
+    def widen(tree):
+        return jtu.tree_map(lambda x: x.astype(working_dtype(x)), tree)
+
+    def evaluate(z, differentiated_wide):
+        differentiated_again = jtu.tree_map(
+            lambda x, like: x.astype(like.dtype), differentiated_wide, differentiated
+        )
+        fn, _, _, args, *_ = eqx.combine(differentiated_again, fixed)
+        z = jtu.tree_map(lambda x, like: x.astype(like.dtype), z, y0)
+        f, _ = fn(z, args)
+        return widen(f)
+
+    wide = widen(differentiated)
+    best = state.progress.best_y
+    ct_y = jtu.tree_map(lambda ct, y: ct.astype(y.dtype), ct_root, best.y)
+
+    def half_step(carry):
+        f, pull_back = jax.vjp(evaluate, carry.older, wide)
+        _, mix_transpose = jax.vjp(solver.mix, carry.newer, f)
+        ct_oldest, ct_f = mix_transpose(carry.ct_newer)
+        ct_z, grads = pull_back(ct_f)
+        return _Backwards(
+            num_left=carry.num_left - 1,
+            older=solver.unmix(carry.newer, f),
+            newer=carry.older,
+            ct_older=ct_oldest,
+            ct_newer=jtu.tree_map(jnp.add, carry.ct_older, ct_z),
+            grads=jtu.tree_map(jnp.add, carry.grads, grads),
+        )
+
+    end = while_loop(
+        lambda carry: carry.num_left > 0,
+        half_step,
+        _Backwards(
+            num_left=2 * state.num_best_steps,
+            older=best.y,
+            newer=best.z,
+            ct_older=ct_y,
+            ct_newer=jtu.tree_map(jnp.zeros_like, ct_y),
+            grads=jtu.tree_map(jnp.zeros_like, wide),
+        ),
+    )
+    start = start_pair(y0)
+    difference = jtu.tree_map(
+        jnp.subtract, (end.older, end.newer), (start.y, start.z)
+    )
+    size = jnp.maximum(optx.two_norm(start), optx.two_norm(best))
+    error = optx.two_norm(difference) / jnp.where(size > 0, size, 1)
+    fn_grad, solver_grad, start_grad, *rest = end.grads
+    ct_start = jtu.tree_map(jnp.add, end.ct_older, end.ct_newer)
+    start_grad = jtu.tree_map(
+        lambda g, ct: None if g is None else g + ct,
+        start_grad,
+        ct_start,
+        is_leaf=lambda x: x is None,
+    )
+    grads = fn_grad, solver_grad, start_grad, *rest
+    grads = jtu.tree_map(lambda g, x: g.astype(x.dtype), grads, differentiated)
+    return grads, error

@@ -1,0 +1,136 @@
+import abc
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import equinox as eqx
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+
+_Tree = TypeVar("_Tree")
+_Layer = TypeVar("_Layer", bound=eqx.Module)
+
+Filter: TypeAlias = type | tuple[type, ...] | Callable[[str, Any], bool]
+
+
+class AbstractParametrisation(eqx.Module):
+    """Stands in a layer for an array that is computed from other arrays.
+
+    Those are its leaves, which is all that there is to train, to copy, to serialise and
+    to average. Write your own by giving it fields and a `value`. See
+    [`implicitnets.nn.resolve`][].
+    """
+
+    @abc.abstractmethod
+    def value(self) -> Array:
+        """The array that it stands for.
+
+        **Returns:**
+
+        An array. Parametrisations among its own fields have been resolved by then.
+        """
+
+
+def is_parametrisation(node: Any) -> bool:
+    """Whether a node of a pytree stands for an array."""
+    return isinstance(node, AbstractParametrisation)
+
+
+def resolve(tree: _Tree) -> _Tree:
+    """Put in the place of every parametrisation the array that it stands for.
+
+    The equilibrium layers do so once at the start of a solve, and so once for all its
+    steps and, under `vmap`, for the whole batch. Anywhere else do it yourself, where
+    the model is differentiated: `inn.nn.resolve(cell)(z, x)`. Nothing happens to a
+    pytree without parametrisations.
+
+    **Arguments:**
+
+    - `tree`: any pytree: a cell, a layer, a whole model.
+
+    **Returns:**
+
+    The pytree with arrays only.
+    """
+
+    def resolve_node(node):
+        if not is_parametrisation(node):
+            return node
+        # Its own fields first.
+        inner = jtu.tree_map(
+            resolve_node,
+            node,
+            is_leaf=lambda x: is_parametrisation(x) and x is not node,
+        )
+        return inner.value()
+
+    return jtu.tree_map(resolve_node, tree, is_leaf=is_parametrisation)
+
+
+def parametrise(
+    tree: _Tree,
+    filter: Filter,
+    fn: Callable[[Any], AbstractParametrisation],
+) -> _Tree:
+    """Replace the weight of every chosen layer.
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+    - `filter`: which of the modules with a `weight` of at least two dimensions: the
+        types to choose, or a function of a module's path, such as `"block.layers.0"`,
+        and the module itself.
+    - `fn`: what the weight of a module is to be replaced by.
+
+    **Returns:**
+
+    The pytree with the weights replaced.
+
+    **Raises:**
+
+    `ValueError` if no layer is chosen.
+    """
+    num_chosen = 0
+
+    def visit(path, node):
+        nonlocal num_chosen
+        if is_parametrisation(node) or jtu.all_leaves([node]):
+            return node
+        children, treedef = jtu.tree_flatten_with_path(
+            node, is_leaf=lambda x: x is not node
+        )
+        node = jtu.tree_unflatten(
+            treedef, [visit(path + key, child) for key, child in children]
+        )
+        if not (_has_weight(node) and _is_chosen(filter, path, node)):
+            return node
+        num_chosen += 1
+        return replace_weight(node, fn(node))
+
+    tree = visit((), tree)
+    if num_chosen == 0:
+        raise ValueError(f"`filter` chooses no layer with a weight; got {filter!r}.")
+    return tree
+
+
+def replace_weight(layer: _Layer, weight: Any) -> _Layer:
+    """The layer with another weight in the place of its own, or of none."""
+    return eqx.tree_at(
+        lambda layer: layer.weight,
+        layer,
+        weight,
+        is_leaf=lambda x: x is None or is_parametrisation(x),
+    )
+
+
+def _has_weight(node):
+    weight = getattr(node, "weight", None) if isinstance(node, eqx.Module) else None
+    if is_parametrisation(weight):
+        return True
+    return eqx.is_inexact_array(weight) and weight.ndim >= 2
+
+
+def _is_chosen(filter, path, layer):
+    if isinstance(filter, type | tuple):
+        return isinstance(layer, filter)
+    return filter(jtu.keystr(path, simple=True, separator="."), layer)

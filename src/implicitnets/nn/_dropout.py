@@ -1,0 +1,82 @@
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, PRNGKeyArray, ScalarLike
+
+from .._misc import check_hyperparameter, working_dtype
+
+
+class VariationalDropout(eqx.Module):
+    """Dropout with one mask for a whole solve, shared along some axes.
+
+    An equilibrium exists only if the mask is the same in every evaluation of the cell.
+    So it is, as it is drawn from the key alone, of which an equilibrium layer gives its
+    cell the same one throughout a solve and its gradient. A cell with several of these
+    layers splits the key.
+
+    ```python
+    VariationalDropout(0.1, shared_axes=0)        # features, of (time, features)
+    VariationalDropout(0.1, shared_axes=(1, 2))   # channels, of (channels, height, width)
+    VariationalDropout(0.1, shared_axes=1)        # tokens, of (time, features)
+    VariationalDropout(0.1)                       # single entries
+    ```
+
+    Off in inference: see `equinox.nn.inference_mode`.
+
+    Gal and Ghahramani, *A Theoretically Grounded Application of Dropout in Recurrent
+    Neural Networks*, 2016. Bai et al., *Deep Equilibrium Models*, 2019, appendix D.
+
+    **Arguments:**
+
+    - `p`: the probability with which an entry is dropped. The others are scaled so that
+        the mean is kept.
+    - `shared_axes`: the axis or the axes along which one draw decides.
+    - `inference`: whether nothing is dropped.
+    """
+
+    p: ScalarLike
+    shared_axes: int | Sequence[int] = eqx.field(default=(), static=True)
+    inference: bool = False
+
+    def __check_init__(self):
+        if isinstance(self.p, int | float):
+            check_hyperparameter(self, "p", 0 <= self.p < 1, "in the interval [0, 1)")
+
+    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
+        """Drop entries of an array.
+
+        **Arguments:**
+
+        - `x`: the array.
+        - `key`: from which the mask is drawn. Not needed in inference.
+
+        **Returns:**
+
+        The array with zeros in the place of the dropped entries.
+
+        **Raises:**
+
+        `ValueError` without a key, unless in inference.
+        """
+        if self.inference or (isinstance(self.p, int | float) and self.p == 0):
+            return x
+        if key is None:
+            raise ValueError(
+                "`VariationalDropout` needs a `key`, unless in inference: see "
+                "`equinox.nn.inference_mode`. Give it to the equilibrium layer, and "
+                "the cell an argument `key` to pass on."
+            )
+        keep = 1 - lax.stop_gradient(jnp.asarray(self.p, working_dtype(x)))
+        mask = jr.bernoulli(key, keep, self._mask_shape(x))
+        return jnp.where(mask, x / keep.astype(x.dtype), 0)
+
+    def _mask_shape(self, x):
+        axes = self.shared_axes
+        axes = (axes,) if isinstance(axes, int) else axes
+        shape = list(x.shape)
+        for axis in axes:
+            shape[axis] = 1
+        return tuple(shape)
