@@ -152,6 +152,10 @@ def implicitnets(problem: Problem) -> Methods:
         "Anderson, Anderson": method(anderson, by_iteration(anderson(1.0))),
         "Anderson, GMRES": method(anderson, gmres),
         "Broyden, GMRES": method(lambda _: inn.Broyden(rtol, 0.0), gmres),
+        "Broyden, history 5, Anderson": method(
+            lambda _: inn.Broyden(rtol, 0.0, history_size=HISTORY),
+            by_iteration(anderson(1.0)),
+        ),
         "Newton-Krylov, GMRES": method(lambda _: inn.NewtonKrylov(rtol, 0.0), gmres),
     }
 

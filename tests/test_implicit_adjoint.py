@@ -118,6 +118,19 @@ def test_unrolling_agrees():
         assert relative_error(implicit, explicit) < tolerance(1e-4, 1e-9)
 
 
+def test_a_part_of_the_state_that_the_input_does_not_enter():
+    def cell(z, x):
+        return {"a": 0.5 * jnp.tanh(z["a"]) + x, "b": jnp.sin(z["a"]) - 0.5 * z["b"]}
+
+    x = 0.5 * make_vector(3)
+    z0 = {"a": x, "b": x}
+    deq = inn.DeepEquilibriumNetwork(cell, SOLVER)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(deq(x, z0=z0)["b"])))(x)
+    a = deq(x, z0=z0)["a"]
+    expected = jnp.cos(a) / 1.5 / (1 - 0.5 * (1 - jnp.tanh(a) ** 2))
+    assert relative_error(gradient, expected) < 1e-4
+
+
 def test_second_order_in_every_nesting():
     def loss(params):
         scale, x = params

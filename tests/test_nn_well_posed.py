@@ -11,10 +11,9 @@ from implicitnets import nn
 from .helpers import make_vector, relative_error
 
 
-@pytest.mark.parametrize("activation", (jax.nn.relu, jnp.tanh))
-def test_every_input_has_one_equilibrium(activation):
+def test_every_input_has_one_equilibrium():
     """Also with huge parameters, found by plain iteration from anywhere."""
-    cell = nn.WellPosedCell(3, 8, bound=0.9, activation=activation, key=jr.key(0))
+    cell = nn.WellPosedCell(3, 8, bound=0.9, activation=jnp.tanh, key=jr.key(0))
     cell = eqx.tree_at(
         lambda c: c.weight.weight, cell, 1e3 * jr.normal(jr.key(1), (8, 8))
     )

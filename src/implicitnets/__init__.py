@@ -46,6 +46,10 @@ from ._solver.anderson import AndersonAcceleration as AndersonAcceleration
 from ._solver.broyden import Broyden as Broyden
 from ._solver.newton_krylov import NewtonKrylov as NewtonKrylov
 from ._solver.pseudo_transient import PseudoTransient as PseudoTransient
+from ._solver.splitting import (
+    ForwardBackward as ForwardBackward,
+    PeacemanRachford as PeacemanRachford,
+)
 from ._solver.steady_state import SteadyState as SteadyState
 from ._spectrum import (
     operator_norm as operator_norm,

@@ -4,7 +4,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax.tree_util as jtu
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 
 _Tree = TypeVar("_Tree")
@@ -36,7 +36,7 @@ def is_parametrisation(node: Any) -> bool:
     return isinstance(node, AbstractParametrisation)
 
 
-def resolve(tree: _Tree) -> _Tree:
+def resolve(tree: PyTree) -> PyTree:
     """Put in the place of every parametrisation the array that it stands for.
 
     The equilibrium layers do so once at the start of a solve, and so once for all its
@@ -124,7 +124,9 @@ def replace_weight(layer: _Layer, weight: Any) -> _Layer:
 
 
 def _has_weight(node):
-    weight = getattr(node, "weight", None) if isinstance(node, eqx.Module) else None
+    if not isinstance(node, eqx.Module):
+        return False
+    weight: Any = getattr(node, "weight", None)
     if is_parametrisation(weight):
         return True
     return eqx.is_inexact_array(weight) and weight.ndim >= 2

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
@@ -51,12 +52,12 @@ class ImplicitAdjoint(AbstractReportingAdjoint):
         batch needs it, and used for those examples. A cheap choice that cannot fail is
         [`implicitnets.NeumannSeries`][], which makes a phantom gradient of them. `None`
         to use what `linear_solver` gave.
-    - `probe`: see [`implicitnets.AdjointReport`][].
+    - `probe`: keyword only; see [`implicitnets.AdjointReport`][].
     """
 
     linear_solver: lx.AbstractLinearSolver = GivensGMRES(rtol=1e-4, atol=0.0)
     fallback: lx.AbstractLinearSolver | None = None
-    probe: AdjointReport | None = None
+    probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
 
     def apply(
         self,

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import equinox as eqx
 from jaxtyping import Array, PyTree, ScalarLike
 
 from .._linear_solver.neumann import NeumannSeries
@@ -34,12 +35,12 @@ class NeumannAdjoint(AbstractReportingAdjoint):
     - `num_terms`: how many terms of the series.
     - `damping`: the weight of the identity, 0 for none: for maps with eigenvalues that
         are large and negative. The paper's `lambda` is `1 - damping`.
-    - `probe`: see [`implicitnets.AdjointReport`][]; the residual costs one product.
+    - `probe`: keyword only; see [`implicitnets.AdjointReport`][].
     """
 
     num_terms: int = 5
     damping: ScalarLike = 0.0
-    probe: AdjointReport | None = None
+    probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
         self._series()

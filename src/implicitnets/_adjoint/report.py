@@ -1,7 +1,6 @@
 from typing import Any, TypeVar
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -28,7 +27,7 @@ class ADJOINT_RESULTS(lx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
 
     not_reversible = (
         "The states that a reversible solve went through could not be reconstructed "
-        "from its final ones, since rounding errors grow by `1 / damping` a step. The "
+        "from its final ones, since rounding errors grow in every step. The "
         "fallback was used. Try fewer steps, more damping or more precision."
     )
 
@@ -97,9 +96,8 @@ class AdjointReport(eqx.Module):
         Of `lineax.RESULTS`, with one item more, `not_reversible`. Not for sums.
         """
 
-
         def as_item(result):
-            item = ADJOINT_RESULTS.successful
+            item: Any = ADJOINT_RESULTS.successful
             for number, name in enumerate(_NAMES):
                 other = getattr(ADJOINT_RESULTS, name)
                 item = ADJOINT_RESULTS.where(result == number, other, item)
@@ -110,7 +108,7 @@ class AdjointReport(eqx.Module):
         return as_item(self.result)
 
 
-def result_number(result: eqxi.Enumeration) -> Scalar:
+def result_number(result: lx.RESULTS | ADJOINT_RESULTS) -> Scalar:
     """What `AdjointReport.result` has for a result.
 
     **Arguments:**

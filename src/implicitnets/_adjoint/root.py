@@ -52,11 +52,12 @@ def differentiate_root(
     inversion: AbstractInversion,
     probe: AdjointReport | None,
 ) -> PyTree[Array]:
-    """What `optimistix.AbstractAdjoint.apply` returns, by the implicit function theorem.
+    """An adjoint's `apply`, by the implicit function theorem.
 
     **Arguments:**
 
-    - `primal_fn`, `rewrite_fn`, `inputs`, `tags`: as there.
+    - `primal_fn`, `rewrite_fn`, `inputs`, `tags`: as those of
+        `optimistix.AbstractAdjoint.apply`.
     - `inversion`: how to solve the linear systems.
     - `probe`: what to report to, if anything.
 
@@ -166,8 +167,8 @@ def _solve(
 
 
 def _make_report(operator, vector, value, result, stats) -> AdjointReport:
-    # Of a right-hand side of unit norm, so that it is relative. By a product of its own,
-    # since what a linear solver tells is that of exact arithmetic, or of none at all.
+    # Of a right-hand side of unit norm, so that it is relative. By a product of its
+    # own, since linear solvers tell that of exact arithmetic, or none at all.
     difference = jtu.tree_map(jnp.subtract, vector, operator.mv(value))
     residual = jnp.sqrt(tree_dot(difference, difference))
     num_steps = jnp.asarray(stats.get("num_steps", 0.0))

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -43,7 +44,7 @@ class ShineAdjoint(AbstractReportingAdjoint):
 
     - `refinement_steps`: the steps of GMRES from there; 0 for the estimate as it
         is.
-    - `probe`: see [`implicitnets.AdjointReport`][]; always successful.
+    - `probe`: keyword only; see [`implicitnets.AdjointReport`][]; always successful.
 
     **Raises:**
 
@@ -52,7 +53,7 @@ class ShineAdjoint(AbstractReportingAdjoint):
     """
 
     refinement_steps: int = 0
-    probe: AdjointReport | None = None
+    probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
         check_hyperparameter(

@@ -33,10 +33,10 @@ class AbstractMonotoneCell(eqx.Module):
     r"""A cell $\sigma(W z + u(x))$ with one equilibrium for every input.
 
     There is one because $I - W \succeq m I$ with $m > 0$, and because $\sigma$ is the
-    proximal operator $\operatorname{prox}_\varphi$ of a convex function, as ReLU is that
-    of the indicator of the positive numbers. What [`implicitnets.ForwardBackward`][] and
-    [`implicitnets.PeacemanRachford`][] need to know of a cell; write your own by giving
-    it these methods.
+    proximal operator $\operatorname{prox}_\varphi$ of a convex function, as ReLU is
+    that of the indicator of the positive numbers. The methods are what
+    [`implicitnets.ForwardBackward`][] and [`implicitnets.PeacemanRachford`][] need to
+    know of a cell; write your own by giving it these.
 
     Winston and Kolter, *Monotone Operator Equilibrium Networks*, 2020, section 3.
 
@@ -75,12 +75,12 @@ class AbstractMonotoneCell(eqx.Module):
 
     @abc.abstractmethod
     def proximal(self, z: PyTree[Array], step_size: ScalarLike) -> PyTree[Array]:
-        r"""The proximal operator of the activation, $\operatorname{prox}_{\alpha\varphi}$.
+        r"""The proximal operator $\operatorname{prox}_{\alpha\varphi}$.
 
         **Arguments:**
 
         - `z`: its argument.
-        - `step_size`: $\alpha$; the activation itself is that for 1.
+        - `step_size`: $\alpha$; for 1 it is the activation.
 
         **Returns:**
 
@@ -126,7 +126,7 @@ class _ForwardBackwardState(eqx.Module):
 
 
 class ForwardBackward(optx.AbstractFixedPointSolver):
-    r"""Forward-backward splitting, for monotone cells: a damped iteration that converges.
+    r"""Forward-backward splitting, for monotone cells: damping that always converges.
 
     $$z_{k+1} = \operatorname{prox}_{\alpha\varphi}
     (z_k + \alpha (W z_k + u(x) - z_k)).$$
@@ -153,10 +153,10 @@ class ForwardBackward(optx.AbstractFixedPointSolver):
     - `rtol`: relative tolerance.
     - `atol`: absolute tolerance.
     - `norm`: the norm of the stopping rule.
-    - `step_size`: $\alpha$; `None` for a lower bound of $\beta$, estimated once a solve:
-        $1 / (\lVert S \rVert + \lVert K \rVert^2 / m)$ with the symmetric and the skew
-        part of $I - W$. It costs some 60 products with $W$ or its transpose, for a
-        whole batch.
+    - `step_size`: $\alpha$; `None` for a lower bound of $\beta$, estimated once a
+        solve: $1 / (\lVert S \rVert + \lVert K \rVert^2 / m)$ with the symmetric part
+        $S$ and the skew part $K$ of $I - W$. It costs 64 products with $W$ or its
+        transpose, once for a whole batch.
     """
 
     rtol: ScalarLike
@@ -328,8 +328,8 @@ def _cell_and_input(solver, args):
         return resolve(args[0]), args[1]
     raise TypeError(
         f"`{type(solver).__name__}` is for cells that are a "
-        "`implicitnets.nn.AbstractMonotoneCell`, in an equilibrium layer, or in a solve "
-        f"with `args=(cell, x)`; got {eqx.tree_pformat(args)} for `args`."
+        "`implicitnets.nn.AbstractMonotoneCell`, in an equilibrium layer, or in a "
+        f"solve with `args=(cell, x)`; got {eqx.tree_pformat(args)} for `args`."
     )
 
 
@@ -344,7 +344,7 @@ def _part_norms(cell, y):
         return v - image.astype(dtype)
 
     start = starting_vector(y)
-    (transpose,) = (jax.linear_transpose(product, start),)
+    transpose = jax.linear_transpose(product, start)
 
     def symmetric(v):
         return (product(v) + transpose(v)[0]) / 2

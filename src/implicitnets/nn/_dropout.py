@@ -18,11 +18,13 @@ class VariationalDropout(eqx.Module):
     layers splits the key.
 
     ```python
-    VariationalDropout(0.1, shared_axes=0)        # features, of (time, features)
-    VariationalDropout(0.1, shared_axes=(1, 2))   # channels, of (channels, height, width)
-    VariationalDropout(0.1, shared_axes=1)        # tokens, of (time, features)
-    VariationalDropout(0.1)                       # single entries
+    VariationalDropout(0.1, shared_axes=0)       # features, of (time, features)
+    VariationalDropout(0.1, shared_axes=(1, 2))  # channels, of (channels, h, w)
+    VariationalDropout(0.1, shared_axes=1)       # tokens, of (time, features)
+    VariationalDropout(0.1)                      # single entries
     ```
+
+    Drawing costs nothing in a step: XLA moves it out of the loop of a solve.
 
     Off in inference: see `equinox.nn.inference_mode`.
 

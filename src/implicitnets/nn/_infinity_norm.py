@@ -31,10 +31,10 @@ class InfinityNorm(AbstractParametrisation):
     A layer with a bound below one, followed by an activation that does not expand (the
     hyperbolic tangent, ReLU), is a contraction in the infinity-norm.
 
-    El Ghaoui et al., *Implicit Deep Learning*, 2021, section 5.1. The projection is that
-    of Duchi et al., *Efficient Projections onto the l1-Ball*, 2008, figure 1. It is
-    differentiated; see [`implicitnets.nn.project`][] for the paper's way, which is to
-    project after an update.
+    El Ghaoui et al., *Implicit Deep Learning*, 2021, on projected gradients. The
+    projection is that of Duchi et al., *Efficient Projections onto the l1-Ball*, 2008,
+    figure 1. It is differentiated; see [`implicitnets.nn.project`][] for the paper's
+    way, which is to project after an update.
 
     **Arguments:**
 

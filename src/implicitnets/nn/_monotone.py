@@ -155,8 +155,8 @@ class MonotoneConvCell(AbstractMonotoneCell):
     - `periodic`: whether the convolutions of the state go round at the edges, as in the
         paper, so that the fast Fourier transform takes the linear systems of
         [`implicitnets.PeacemanRachford`][] apart. If not, there are zeros beyond
-        the edges, and these systems are solved by [`implicitnets.GivensGMRES`][]. Keyword
-        only argument.
+        the edges, and these systems are solved by [`implicitnets.GivensGMRES`][], so
+        that [`implicitnets.ForwardBackward`][] is often faster. Keyword only argument.
     - `margin`, `dtype`, `key`: as [`implicitnets.nn.MonotoneCell`][]. Keyword only
         arguments.
 

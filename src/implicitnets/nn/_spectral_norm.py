@@ -27,8 +27,9 @@ _Cell = TypeVar("_Cell")
 class SpectralNorm(AbstractParametrisation):
     r"""Spectral normalisation: a weight whose linear operator has a bounded two-norm.
 
-    $w \min(1, \mathrm{bound} / \sigma(w))$, where $\sigma$ is the largest singular value
-    of what the layer does with the weight. A weight within the bound stays as it is.
+    $w \min(1, \mathrm{bound} / \sigma(w))$, where $\sigma$ is the largest singular
+    value of what the layer does with the weight. A weight within the bound stays as it
+    is.
 
     The singular value is computed afresh from a fixed start, by Lanczos' method, so
     that there is no state to keep. It is an estimate from below: with the default
@@ -136,8 +137,8 @@ def spectral_norm(
     **Arguments:**
 
     - `cell`: any pytree.
-    - `filter`: as [`implicitnets.nn.weight_norm`][]; of Equinox' linear and convolutional
-        layers.
+    - `filter`: as [`implicitnets.nn.weight_norm`][]; of Equinox' linear and
+        convolutional layers.
     - `bound`: the largest two-norm allowed. Keyword only argument.
     - `spatial_shape`: of the convolutions' input, without channels. Where a cell has
         several, call this function once for each. Keyword only argument.

@@ -16,9 +16,9 @@ LINEAR_LAYERS = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose)
 class WeightNorm(AbstractParametrisation):
     r"""Weight normalisation: a weight as the length and the direction of its rows.
 
-    $w = g \, v / \lVert v \rVert$ with the norm over all but the first axis, that of the
-    outputs. The weight does not change when it is taken apart. A row of zeros gets the
-    direction of a row of ones, so that it can be trained away from zero.
+    $w = g \, v / \lVert v \rVert$ with the norm over all but the first axis, that of
+    the outputs. The weight does not change when it is taken apart. A row of zeros gets
+    the direction of a row of ones, so that it can be trained away from zero.
 
     Salimans and Kingma, *Weight Normalization*, 2016.
 
@@ -75,9 +75,9 @@ def weight_norm(cell: _Cell, filter: Filter = LINEAR_LAYERS) -> _Cell:
     **Arguments:**
 
     - `cell`: any pytree.
-    - `filter`: which layers, of those with a `weight` of at least two dimensions: a type
-        or a tuple of types, by default Equinox' linear and convolutional layers; or a
-        function of a layer's path, such as `"block.layers.0"`, and the layer.
+    - `filter`: which layers, of those with a `weight` of at least two dimensions: a
+        type or a tuple of types, by default Equinox' linear and convolutional layers;
+        or a function of a layer's path, such as `"block.layers.0"`, and the layer.
 
     **Returns:**
 

@@ -16,8 +16,8 @@ class WellPosedCell(eqx.Module):
 
     The infinity-norm of $A$ is bounded below one by [`implicitnets.nn.InfinityNorm`][],
     and $\phi$ acts on every entry without expanding, so that the cell is a contraction:
-    for every input there is exactly one equilibrium, and plain iteration converges to it
-    by the factor `bound` a step.
+    for every input there is exactly one equilibrium, and plain iteration converges to
+    it by the factor `bound` a step.
 
     El Ghaoui et al., *Implicit Deep Learning*, 2021, section 2.2.
 

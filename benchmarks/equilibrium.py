@@ -1,0 +1,97 @@
+"""Solvers and adjoints by name, for command lines."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import diffrax as dfx
+import lineax as lx
+import optimistix as optx
+from jaxtyping import PyTree
+
+import implicitnets as inn
+
+
+SolverName = Literal[
+    "anderson", "broyden", "newton-krylov", "fixed-point", "tsit5", "adams"
+]
+StartName = Literal["model", "injection", "cell"]
+AdjointName = Literal[
+    "implicit", "neumann", "phantom", "jacobian-free", "shine", "unrolled"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class EquilibriumOptions:
+    """How an equilibrium is found and differentiated."""
+
+    solver: SolverName = "anderson"
+    """What finds it."""
+    rtol: float = 1e-3
+    """Relative tolerance of the solver."""
+    atol: float = 1e-6
+    """Absolute tolerance of the solver."""
+    max_steps: int = 30
+    """Solver steps in training."""
+    test_max_steps: int | None = None
+    """Solver steps in evaluations; as many as in training by default."""
+    start: StartName = "model"
+    """Where a solve starts: as the model has it, at the cell's input, or at the cell's
+    own answer to zeros (Skip Reg. DEQ)."""
+    adjoint: AdjointName = "implicit"
+    """What differentiates it; `shine` goes with `broyden`."""
+    adjoint_rtol: float = 1e-3
+    """Relative tolerance of the implicit adjoint's GMRES."""
+    adjoint_max_steps: int = 30
+    """Jacobian products of the adjoint; of `shine`, its refinements."""
+    damping: float = 0.0
+    """Of the Neumann and phantom adjoints: 0 is none."""
+
+
+SOLVERS: dict[SolverName, Callable[[float, float], Any]] = {
+    "anderson": inn.AndersonAcceleration,
+    "broyden": inn.Broyden,
+    "newton-krylov": inn.NewtonKrylov,
+    "fixed-point": optx.FixedPointIteration,
+    "tsit5": lambda rtol, atol: inn.SteadyState(dfx.Tsit5(), rtol, atol),
+    "adams": lambda rtol, atol: inn.SteadyState(inn.VCABM3(), rtol, atol),
+}
+
+ADJOINTS: dict[AdjointName, Callable[[EquilibriumOptions], optx.AbstractAdjoint]] = {
+    "implicit": lambda options: inn.ImplicitAdjoint(_gmres(options)),
+    "neumann": lambda options: inn.NeumannAdjoint(
+        options.adjoint_max_steps, options.damping
+    ),
+    "phantom": lambda options: inn.PhantomAdjoint(
+        options.adjoint_max_steps, options.damping
+    ),
+    "jacobian-free": lambda options: inn.JacobianFreeAdjoint(),
+    "shine": lambda options: inn.ShineAdjoint(options.adjoint_max_steps),
+    "unrolled": lambda options: optx.RecursiveCheckpointAdjoint(),
+}
+
+
+def make_layer(
+    layer: inn.AbstractDeepEquilibriumNetwork, options: EquilibriumOptions
+) -> inn.AbstractDeepEquilibriumNetwork:
+    """A model's layer, with the start, the solver and the adjoint of the options."""
+    if options.start == "injection":
+        layer = inn.DeepEquilibriumNetwork(layer.cell, init=_identity)
+    elif options.start == "cell":
+        layer = inn.SkipDeepEquilibriumNetwork(layer.cell)
+    return dataclasses.replace(
+        layer,
+        solver=SOLVERS[options.solver](options.rtol, options.atol),
+        adjoint=ADJOINTS[options.adjoint](options),
+        max_steps=options.max_steps,
+    )
+
+
+def _identity(x: PyTree) -> PyTree:
+    return x
+
+
+def _gmres(options: EquilibriumOptions) -> lx.AbstractLinearSolver:
+    return inn.GivensGMRES(
+        options.adjoint_rtol, atol=0.0, max_steps=options.adjoint_max_steps
+    )

@@ -1,0 +1,95 @@
+"""Optimisers and their schedules by name, for command lines."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import optax
+
+
+OptimiserName = Literal["adam", "adamw", "radam", "sgd"]
+ScheduleName = Literal["constant", "cosine", "step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimiserOptions:
+    """How the weights are changed."""
+
+    optimiser: OptimiserName = "adam"
+    """`adam`, `radam` and `sgd` add weight decay to the gradient, `adamw` to the step;
+    `sgd` is with Nesterov's momentum."""
+    learning_rate: float = 1e-3
+    """At its highest."""
+    schedule: ScheduleName = "constant"
+    """What becomes of the learning rate."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate grows from zero, before its schedule."""
+    last_learning_rate: float = 0.0
+    """Cosine: the learning rate at the end."""
+    step_epochs: float = 30.0
+    """Step: after how many epochs to multiply the learning rate, again and again."""
+    step_factor: float = 0.1
+    """Step: by what to multiply it."""
+    momentum: float = 0.9
+    """Of `sgd`."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of the others."""
+    weight_decay: float = 0.0
+    """How strongly weights are drawn to zero."""
+    clip: float | None = None
+    """The largest norm of a gradient."""
+
+    def __post_init__(self):
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be non-negative.")
+        for name in ("learning_rate", "step_epochs", "clip"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"`{name}` must be positive; got {value}.")
+
+
+def make_schedule(
+    options: OptimiserOptions, total_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate at every step."""
+    rate, warmup = options.learning_rate, options.warmup_steps
+
+    def cosine():
+        alpha = options.last_learning_rate / rate
+        return optax.cosine_decay_schedule(rate, max(1, total_steps - warmup), alpha)
+
+    def step():
+        every = round(options.step_epochs * steps_per_epoch)
+        return optax.exponential_decay(
+            rate, max(1, every), options.step_factor, staircase=True
+        )
+
+    schedules: dict[ScheduleName, Callable[[], optax.Schedule]] = {
+        "constant": lambda: optax.constant_schedule(rate),
+        "cosine": cosine,
+        "step": step,
+    }
+    schedule = schedules[options.schedule]()
+    if warmup == 0:
+        return schedule
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, rate, warmup), schedule], [warmup]
+    )
+
+
+def make_optimiser(
+    options: OptimiserOptions, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """The optimiser, with clipping in front of everything else."""
+    b1, b2 = options.betas
+    decay = optax.add_decayed_weights(options.weight_decay)
+    optimisers: dict[OptimiserName, list[optax.GradientTransformation]] = {
+        "adam": [decay, optax.scale_by_adam(b1, b2)],
+        "adamw": [optax.scale_by_adam(b1, b2), decay],
+        "radam": [decay, optax.scale_by_radam(b1, b2)],
+        "sgd": [decay, optax.trace(options.momentum, nesterov=True)],
+    }
+    clip = [] if options.clip is None else [optax.clip_by_global_norm(options.clip)]
+    return optax.chain(
+        *clip, *optimisers[options.optimiser], optax.scale_by_learning_rate(schedule)
+    )

@@ -1,0 +1,564 @@
+"""The training loop of every model.
+
+A run is a function of its configuration: the weights, the order of the data, and every
+random number come from the seed and the step. So a run that was killed goes on from its
+last checkpoint to exactly the weights that it would have had.
+"""
+
+import dataclasses
+import functools as ft
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import optimistix as optx
+from checkpoints import Checkpoints
+from data import Batch, Data, DataOptions, IGNORED, Text
+from equilibrium import EquilibriumOptions
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
+from networks import AbstractNetwork, build, ModelOptions, Verdict
+from optimiser import make_optimiser, make_schedule, OptimiserOptions
+from placement import Placement
+from records import Record, Records
+from tqdm import tqdm
+
+import implicitnets as inn
+
+
+@dataclasses.dataclass(frozen=True)
+class JacobianOptions:
+    """How strongly, and how often, the cell's Jacobian is kept small."""
+
+    jacobian_weight: float = 0.0
+    """Of the penalty, once the equilibrium is solved for."""
+    jacobian_pretraining_weight: float = 0.0
+    """Of the penalty before."""
+    jacobian_increment: float = 0.1
+    """By how much the weight grows ..."""
+    jacobian_every: int | None = None
+    """... in how many steps; by default it does not grow."""
+    jacobian_probability: float = 1.0
+    """In what part of the training steps the penalty counts."""
+    jacobian_samples: int = 1
+    """Random products for every estimate."""
+    jacobian_last_epoch: float | None = None
+    """After which epoch to go on without."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the penalty ever counts."""
+        return self.jacobian_weight > 0 or self.jacobian_pretraining_weight > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How long to train, and on what loss."""
+
+    pretraining_epochs: float = 0.0
+    """Epochs with the cell unrolled to a fixed depth."""
+    pretraining_depth: int = 5
+    """That depth."""
+    epochs: float = 10.0
+    """Epochs with the equilibrium, after the pretraining."""
+    batch_size: int = 32
+    """Examples, or streams of text, in a training step."""
+    skip_weight: float = 0.0
+    """Of the penalty on the distance from a solve's start to its end."""
+    test_every: float = 1.0
+    """Epochs from one evaluation to the next."""
+    spectral_examples: int = 16
+    """In an evaluation, the number of examples to know the spectral radius of."""
+    seed: int = 0
+    """Of everything random."""
+
+    def __post_init__(self):
+        for name in ("pretraining_epochs", "epochs", "spectral_examples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be non-negative.")
+        for name in ("pretraining_depth", "batch_size", "test_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What does not change the result: where it goes, and what computes it."""
+
+    output_dir: Path | None = None
+    """Folder of the metrics, the figures and the checkpoints; by default
+    `runs/<model>-<dataset>-<seed>`. A run that was interrupted goes on from there."""
+    checkpoint_every: int = 500
+    """Training steps from one checkpoint to the next."""
+    log_every: int = 50
+    """Training steps that a line of the metrics is the mean of."""
+    data_parallel: bool = False
+    """Split every batch over all the devices."""
+    distributed: bool = False
+    """Work together with other processes, found through the cluster's environment ..."""
+    coordinator: str | None = None
+    """... or, where there is none, at the address and port of the first process ..."""
+    num_processes: int | None = None
+    """... of so many ..."""
+    process_id: int | None = None
+    """... of which this is the one of this number, from 0."""
+
+    def __post_init__(self):
+        for name in ("checkpoint_every", "log_every"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"`{name}` must be positive; got {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    model: ModelOptions
+    data: DataOptions = DataOptions()
+    equilibrium: EquilibriumOptions = EquilibriumOptions()
+    optimiser: OptimiserOptions = OptimiserOptions()
+    jacobian: JacobianOptions = JacobianOptions()
+    training: TrainingOptions = TrainingOptions()
+    run: RunOptions = RunOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the training does at which step."""
+
+    steps_per_epoch: int
+    pretraining_steps: int
+    total_steps: int
+    test_every: int
+
+    @classmethod
+    def of(cls, options: TrainingOptions, data: Data) -> "Plan":
+        """The plan that the options make with a data set."""
+        steps_per_epoch = data.train.steps_per_epoch(options.batch_size)
+        pretraining_steps = round(options.pretraining_epochs * steps_per_epoch)
+        return cls(
+            steps_per_epoch,
+            pretraining_steps,
+            pretraining_steps + round(options.epochs * steps_per_epoch),
+            max(1, round(options.test_every * steps_per_epoch)),
+        )
+
+
+class Mean(eqx.Module):
+    """Sums, of which the mean is wanted in the end."""
+
+    total: Float[Array, "..."]
+    weight: Float[Array, "..."]
+
+
+Metrics = dict[str, Mean]
+
+
+class TrainState(eqx.Module):
+    """All that changes in training."""
+
+    network: AbstractNetwork
+    statistics: eqx.nn.State
+    memory: PyTree[Array]
+    optimiser: optax.OptState
+    step: Int[Array, ""]
+
+
+def judge_batch(
+    network: AbstractNetwork,
+    statistics: eqx.nn.State,
+    memory: PyTree[Array],
+    batch: tuple[Array, Array],
+    key: PRNGKeyArray,
+) -> tuple[Verdict, eqx.nn.State]:
+    """The verdicts on the examples of a batch."""
+
+    def one_example(inputs, targets, memory, key, statistics):
+        return network(inputs, targets, memory, statistics, key=key)
+
+    inputs, targets = batch
+    if jnp.issubdtype(inputs.dtype, jnp.floating):
+        inputs = inputs.astype(float)  # of the precision that JAX is set to
+    return jax.vmap(
+        one_example, in_axes=(0, 0, 0, 0, None), out_axes=(0, None), axis_name="batch"
+    )(inputs, targets, memory, jr.split(key, len(inputs)), statistics)
+
+
+def measure(
+    verdict: Verdict, targets: Int[Array, "batch ..."], num_classes: int
+) -> Metrics:
+    """The metrics of a batch, over the targets and the examples that count."""
+    counts = (targets != IGNORED).astype(verdict.loss.dtype)
+    examples = jnp.max(counts.reshape(len(counts), -1), axis=1)
+
+    def mean(values, weights):
+        values = jnp.where(weights > 0, values.astype(weights.dtype), 0)
+        return Mean(jnp.sum(values), jnp.sum(weights))
+
+    solution = verdict.solution
+    norm = jax.vmap(optx.two_norm)
+    image = jtu.tree_map(jnp.add, solution.z_star, solution.residual)
+    stats = solution.stats
+    metrics = {
+        "loss": mean(verdict.loss, counts),
+        "accuracy": mean(verdict.prediction == targets, counts),
+        "steps": mean(stats["num_steps"], examples),
+        # Other libraries' solvers do not tell; most evaluate the cell once a step.
+        "evaluations": mean(stats.get("nfe", stats["num_steps"]), examples),
+        "converged": mean(solution.result == optx.RESULTS.successful, examples),
+        "residual": mean(norm(solution.residual) / norm(image), examples),
+    }
+    if targets.ndim == 3:
+        metrics["mean_iou"] = _intersection_over_union(
+            verdict.prediction, targets, num_classes, counts
+        )
+    return metrics
+
+
+def _intersection_over_union(prediction, targets, num_classes, counts):
+    def count(classes, weights):
+        return jnp.zeros(num_classes, counts.dtype).at[classes].add(weights)
+
+    # The ignored ones count nothing, wherever they are counted.
+    hits = count(prediction, counts * (prediction == targets))
+    return Mean(hits, count(prediction, counts) + count(targets, counts) - hits)
+
+
+def jacobian_penalty(
+    network: AbstractNetwork,
+    verdict: Verdict,
+    options: JacobianOptions,
+    *,
+    key: PRNGKeyArray,
+) -> Scalar:
+    """The penalty on the cell's Jacobian, the mean of a batch, in some of the steps."""
+
+    def one_example(z, x, key):
+        cell_key, key = jr.split(key)
+        cell = ft.partial(network.layer.evaluate, key=cell_key)
+        return inn.jacobian_penalty(
+            cell, z, x, key=key, num_samples=options.jacobian_samples
+        )
+
+    def penalty(key):
+        keys = jr.split(key, len(verdict.loss))
+        z, x = verdict.solution.z_star, verdict.injection
+        return jnp.mean(jax.vmap(one_example)(z, x, keys))
+
+    return inn.sometimes(options.jacobian_probability, penalty, key=key)
+
+
+def jacobian_schedule(options: JacobianOptions, plan: Plan) -> optax.Schedule:
+    """The weight of the penalty on the Jacobian at every step."""
+    begin, never = plan.pretraining_steps, plan.total_steps + 1
+    growing = inn.growing_weight(
+        options.jacobian_weight,
+        options.jacobian_increment,
+        options.jacobian_every or never,
+        begin=begin,
+    )
+    last_epoch = options.jacobian_last_epoch
+    end = never if last_epoch is None else last_epoch * plan.steps_per_epoch
+
+    def schedule(step: ScalarLike) -> Scalar:
+        before = options.jacobian_pretraining_weight
+        weight = jnp.where(step < begin, before, growing(step))
+        return jnp.where(step < end, weight, 0.0)
+
+    return schedule
+
+
+class Trainer:
+    """The steps of a run.
+
+    **Arguments:**
+
+    - `config`: the run.
+    - `data`: what to learn.
+
+    **Raises:**
+
+    `DataError` if the model and the data do not fit, and `ValueError` if the devices
+    cannot share a batch.
+    """
+
+    def __init__(self, config: Config, data: Data):
+        self.config, self.data = config, data
+        self.plan = Plan.of(config.training, data)
+        self.placement = Placement(config.run.data_parallel)
+        self.placement.check(config.training.batch_size)
+        self.schedule = make_schedule(
+            config.optimiser, self.plan.total_steps, self.plan.steps_per_epoch
+        )
+        self.optimiser = make_optimiser(config.optimiser, self.schedule)
+        self.jacobian_weight = jacobian_schedule(config.jacobian, self.plan)
+        model_key, self.training_key = jr.split(jr.key(config.training.seed))
+        self.network, self.statistics = build(
+            config.model, config.equilibrium, data, key=model_key
+        )
+        self.compile_seconds = 0.0
+        self._compiled: dict[Any, Callable] = {}
+
+    def facts(self) -> dict[str, Any]:
+        """All that decides the result, for checkpoints to compare."""
+        facts = dataclasses.asdict(self.config)
+        del facts["run"], facts["data"]["data_dir"]
+        facts["data"] |= self.data.facts()
+        facts["model"] |= {"name": type(self.config.model).__name__}
+        return facts
+
+    def start(self) -> TrainState:
+        """The state before the first step."""
+        put = ft.partial(self.placement.put, sharding=self.placement.whole)
+        weights = eqx.filter(self.network, eqx.is_inexact_array)
+        return TrainState(
+            network=put(self.network),
+            statistics=put(self.statistics),
+            memory=self._fresh_memory(),
+            optimiser=put(self.optimiser.init(weights)),
+            step=put(jnp.array(0)),
+        )
+
+    def train_step(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """One step of the optimiser.
+
+        **Arguments:**
+
+        - `state`: after all the steps before.
+        - `step`: its number, which the state also has, but on a device.
+
+        **Returns:**
+
+        The next state, and the metrics of the batch.
+        """
+        options = self.config.training
+        pretraining = step < self.plan.pretraining_steps
+        depth = options.pretraining_depth if pretraining else 0
+        state = dataclasses.replace(
+            state, network=inn.set_fixed_depth(state.network, depth)
+        )
+        if step % self.plan.steps_per_epoch == 0:
+            state = dataclasses.replace(state, memory=self._fresh_memory())
+        batch = self.data.train.training_batch(step, options.batch_size, options.seed)
+        return self._call(depth, self._update, state, self._put_batch(batch))
+
+    def test(self, state: TrainState) -> dict[str, float]:
+        """The means over the whole test set, and the spectral radius of a part."""
+        options = self.config.training
+        budget = self.config.equilibrium.test_max_steps
+        network = eqx.nn.inference_mode(state.network)
+        if budget is not None:
+            layer = dataclasses.replace(network.layer, max_steps=budget)
+            network = eqx.tree_at(lambda network: network.layer, network, layer)
+        depth = network.layer.fixed_depth
+        memory = self._fresh_memory()
+        metrics, radii = [], None
+        for batch in self.data.test.test_batches(options.batch_size):
+            found, solved, memory = self._call(
+                ("test", depth),
+                self._judge,
+                network,
+                state.statistics,
+                memory,
+                self._put_batch(batch),
+            )
+            metrics.append(found)
+            if radii is None and options.spectral_examples > 0:
+                radii = self._call(("radii", depth), self._radii, network, solved)
+        result = means(metrics)
+        if radii is not None:
+            radii = np.asarray(radii)[: len(self.data.test)]
+            result["spectral_radius_mean"] = float(radii.mean())
+            result["spectral_radius_max"] = float(radii.max())
+        if isinstance(self.data.test, Text):
+            result["bits_per_token"] = result["loss"] / math.log(2)
+            result["perplexity"] = float(np.exp(result["loss"]))
+        return result
+
+    def _update(self, state, batch):
+        keys = jr.split(jr.fold_in(self.training_key, state.step))
+        jacobian = self.config.jacobian
+
+        def loss_fn(network):
+            verdict, statistics = judge_batch(
+                network, state.statistics, state.memory, batch, keys[0]
+            )
+            metrics = measure(verdict, batch[1], self.data.num_classes)
+            loss = metrics["loss"].total / metrics["loss"].weight
+            skip = inn.skip_penalty(verdict.solution)
+            loss = loss + self.config.training.skip_weight * skip
+            if jacobian.active:
+                penalty = jacobian_penalty(network, verdict, jacobian, key=keys[1])
+                loss = loss + self.jacobian_weight(state.step) * penalty
+            memory = jtu.tree_map(jax.lax.stop_gradient, verdict.memory)
+            return loss, (metrics, statistics, memory)
+
+        gradients, aux = eqx.filter_grad(loss_fn, has_aux=True)(state.network)
+        metrics, statistics, memory = aux
+        weights = eqx.filter(state.network, eqx.is_inexact_array)
+        updates, optimiser = self.optimiser.update(gradients, state.optimiser, weights)
+        state = TrainState(
+            network=eqx.apply_updates(state.network, updates),
+            statistics=statistics,
+            memory=None,
+            optimiser=optimiser,
+            step=state.step + 1,
+        )
+        state, metrics = eqx.filter_shard((state, metrics), self.placement.whole)
+        memory = eqx.filter_shard(memory, self.placement.split)
+        return dataclasses.replace(state, memory=memory), metrics
+
+    def _judge(self, network, statistics, memory, batch):
+        # The key is for dropout, which there is none of in a test.
+        verdict, _ = judge_batch(network, statistics, memory, batch, jr.key(0))
+        metrics = measure(verdict, batch[1], self.data.num_classes)
+        solved = verdict.solution.z_star, verdict.injection
+        num_examples = self.config.training.spectral_examples
+        solved = jtu.tree_map(lambda leaf: leaf[:num_examples], solved)
+        metrics, solved = eqx.filter_shard((metrics, solved), self.placement.whole)
+        return metrics, solved, eqx.filter_shard(verdict.memory, self.placement.split)
+
+    def _radii(self, network, solved):
+        key = jr.key(0)
+        cell = ft.partial(network.layer.evaluate, key=key)
+        radii = jax.vmap(lambda z, x: inn.spectral_radius(cell, z, x, key=key))(*solved)
+        return eqx.filter_shard(radii, self.placement.whole)
+
+    def _call(self, name, function, *args):
+        if name not in self._compiled:
+            start = time.perf_counter()
+            # Typed as the function that it wraps, it hides that it can be lowered.
+            jitted: Any = eqx.filter_jit(function)
+            self._compiled[name] = jitted.lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._compiled[name](*args)
+
+    def _put_batch(self, batch: Batch) -> tuple[Array, Array]:
+        return self.placement.put(batch, self.placement.split)
+
+    def _fresh_memory(self) -> PyTree[Array]:
+        size = self.config.training.batch_size
+        memory = jtu.tree_map(
+            lambda leaf: np.broadcast_to(leaf, (size, *leaf.shape)),
+            self.network.memory,
+        )
+        return self.placement.put(memory, self.placement.split)
+
+
+def means(metrics: Sequence[Metrics]) -> dict[str, float]:
+    """The means over some batches; of a vector, of those entries that there are."""
+
+    def mean(name):
+        batches = [jax.device_get(batch[name]) for batch in metrics]
+        total = np.sum([mean.total for mean in batches], axis=0, dtype=np.float64)
+        weight = np.sum([mean.weight for mean in batches], axis=0, dtype=np.float64)
+        present = weight > 0
+        return float(np.mean(total[present] / weight[present]))
+
+    return {name: mean(name) for name in metrics[0]}
+
+
+class Clock:
+    """Counts the seconds inside `with`, apart from those that compiling takes.
+
+    **Arguments:**
+
+    - `trainer`: what compiles.
+    - `records`: of an earlier process, to count on from.
+    """
+
+    def __init__(self, trainer: Trainer, records: Sequence[Record]):
+        last = records[-1] if records else {"seconds": 0.0, "compile_seconds": 0.0}
+        self._trainer = trainer
+        self._seconds, self._compiled = last["seconds"], last["compile_seconds"]
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter() - self._trainer.compile_seconds
+
+    def __exit__(self, *exception: Any) -> None:
+        end = time.perf_counter() - self._trainer.compile_seconds
+        self._seconds += end - self._start
+
+    def record(self) -> Record:
+        """What has been counted."""
+        compiled = self._compiled + self._trainer.compile_seconds
+        return {"seconds": self._seconds, "compile_seconds": compiled}
+
+
+def train(config: Config, data: Data) -> TrainState:
+    """Train, from the newest checkpoint if there is one, and write everything down.
+
+    **Arguments:**
+
+    - `config`: the run.
+    - `data`: what to learn.
+
+    **Returns:**
+
+    The state in the end.
+
+    **Raises:**
+
+    As `Trainer`, and `CheckpointError` if the checkpoint is of another configuration.
+    """
+    trainer = Trainer(config, data)
+    plan, run = trainer.plan, config.run
+    folder = run.output_dir or default_dir(config)
+    checkpoints = Checkpoints(folder / "checkpoints", trainer.facts())
+    latest = checkpoints.latest_step()
+    state = trainer.start()
+    if latest is not None:
+        state = checkpoints.restore(latest, state)
+    first = latest or 0
+    records = Records(folder, first, active=jax.process_index() == 0)
+    progress = tqdm(
+        total=plan.total_steps, initial=first, unit="step", disable=None, leave=False
+    )
+    clock = Clock(trainer, records.all)
+    window = []
+    for step in range(first, plan.total_steps):
+        with clock:
+            state, metrics = trainer.train_step(state, step)
+        window.append(metrics)
+        progress.update()
+        done = step + 1
+        last = done in (plan.pretraining_steps, plan.total_steps)
+        tests = last or done % plan.test_every == 0
+        saves = done == plan.total_steps or done % run.checkpoint_every == 0
+        if tests or saves or done % run.log_every == 0:
+            with clock:
+                found = means(window)
+            window = []
+            record = {"step": done, "epoch": done / plan.steps_per_epoch}
+            record |= {f"train_{name}": value for name, value in found.items()}
+            record["learning_rate"] = float(trainer.schedule(step))
+            if tests:
+                found = trainer.test(state)
+                record |= {f"test_{name}": value for name, value in found.items()}
+            record |= clock.record()
+            records.add(record)
+            progress.set_postfix_str(
+                f"loss {record['train_loss']:.3f}, "
+                f"accuracy {record['train_accuracy']:.1%}, "
+                f"evaluations {record['train_evaluations']:.1f}"
+            )
+        if saves:
+            checkpoints.save(done, state)
+    progress.close()
+    checkpoints.close()
+    records.close()
+    return state
+
+
+def default_dir(config: Config) -> Path:
+    """Where a run is that does not say it."""
+    model = type(config.model).__name__.removesuffix("Options").lower()
+    return Path("runs") / f"{model}-{config.data.dataset}-{config.training.seed}"

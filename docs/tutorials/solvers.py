@@ -1,0 +1,176 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Choose a solver
+#
+# One model, trained once, then solved in every way that there is. What a solver costs
+# is counted in evaluations of the cell; what it achieves is the relative residual
+# $\lVert f(z) - z \rVert / \lVert f(z) \rVert$. Both come from
+# `inn.residual_trace`, which works with any Optimistix solver.
+
+# %%
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import optimistix as optx
+from sklearn.datasets import load_digits
+
+import implicitnets as inn
+from implicitnets import plot
+
+
+# %% [markdown]
+# ## A model to solve
+#
+# A classifier of scikit-learn's digits: a dense cell with 64 units between two linear
+# layers.
+
+
+# %%
+class Cell(eqx.Module):
+    hidden: eqx.nn.Linear
+
+    def __call__(self, z, x):
+        return jnp.tanh(self.hidden(z) + x)
+
+
+class Classifier(eqx.Module):
+    stem: eqx.nn.Linear
+    deq: inn.DeepEquilibriumNetwork
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jr.split(key, 3)
+        self.stem = eqx.nn.Linear(64, 64, key=keys[0])
+        self.deq = inn.DeepEquilibriumNetwork(
+            Cell(eqx.nn.Linear(64, 64, key=keys[1])),
+            inn.AndersonAcceleration(rtol=1e-4, atol=0.0),
+        )
+        self.head = eqx.nn.Linear(64, 10, key=keys[2])
+
+    def __call__(self, x):
+        return self.head(self.deq(self.stem(x)))
+
+
+pixels, labels = load_digits(return_X_y=True)
+pixels = jnp.asarray(pixels / 16, jnp.float32)
+labels = jnp.asarray(labels)
+optimiser = optax.adam(3e-3)
+
+
+def loss_fn(model, x, y):
+    logits = jax.vmap(model)(x)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+
+@eqx.filter_jit
+def train_step(model, state, x, y):
+    loss, gradient = eqx.filter_value_and_grad(loss_fn)(model, x, y)
+    updates, state = optimiser.update(gradient, state)
+    return eqx.apply_updates(model, updates), state, loss
+
+
+model = Classifier(jr.key(0))
+state = optimiser.init(eqx.filter(model, eqx.is_array))
+rng = np.random.default_rng(0)
+for step in range(300):
+    rows = rng.integers(0, 1500, 64)
+    model, state, loss = train_step(model, state, pixels[rows], labels[rows])
+
+accuracy = jnp.mean(jnp.argmax(jax.vmap(model)(pixels[1500:]), 1) == labels[1500:])
+print(f"loss {loss:.3f}, accuracy on the last 297 images {accuracy:.1%}")
+
+# %% [markdown]
+# ## Every solver
+#
+# Root finders, fixed-point solvers, and ODE solvers that follow $\dot z = f(z, x) - z$
+# to where it no longer changes. An ODE solver given to a layer is short for
+# `inn.SteadyState` of it.
+
+# %%
+tolerance = {"rtol": 1e-5, "atol": 0.0}
+solvers = {
+    "plain iteration": optx.FixedPointIteration(0.0, 1e-5, norm=optx.two_norm),
+    "Anderson": inn.AndersonAcceleration(**tolerance),
+    "Broyden": inn.Broyden(**tolerance),
+    "Newton-Krylov": inn.NewtonKrylov(**tolerance),
+    "Newton": optx.Newton(1e-5, 1e-5),
+    "Tsit5": inn.SteadyState(dfx.Tsit5(), **tolerance),
+    "VCABM3": inn.SteadyState(inn.VCABM3(), **tolerance),
+}
+cell = model.deq.cell
+xs = jax.vmap(model.stem)(pixels[1500:1564])
+
+
+def trace(solver):
+    def one(x):
+        return inn.residual_trace(cell, solver, jnp.zeros(64), x, max_steps=100)
+
+    return jax.jit(jax.vmap(one))(xs)
+
+
+traces = {name: trace(solver) for name, solver in solvers.items()}
+print("medians of 64 images   steps  evaluations  converged")
+for name, found in traces.items():
+    evaluations = "" if found.nfe is None else int(np.median(found.nfe[:, -1]))
+    converged = int(jnp.sum(found.result == optx.RESULTS.successful))
+    steps = int(np.median(found.num_steps))
+    print(f"{name:20} {steps:7} {evaluations:12} {converged:10}")
+
+# %%
+axes = plot.convergence(traces)
+axes.set(xlim=(0, 120), ylim=(1e-6, 2))
+plt.show()
+
+# %% [markdown]
+# Not every solver succeeds on every image, and each says so. This cell was trained
+# without a thought for its equilibria: plain iteration does not converge for all of
+# them, and Newton's method with a line search can end where the residual is least but
+# not zero.
+#
+# The slope of plain iteration is the spectral radius of the cell's Jacobian at the
+# equilibrium. Where the eigenvalues are tells what acceleration can gain: few large
+# ones apart from a cluster near zero are found and taken out one by one.
+
+# %%
+z_star = model.deq(model.stem(pixels[1500]))
+plot.spectrum(cell, z_star, model.stem(pixels[1500]))
+plt.show()
+
+# %% [markdown]
+# ## Swap it
+#
+# The trained model runs with any of them. `eqx.tree_at` changes the one leaf, and
+# nothing else of the model.
+
+# %%
+for name in ("Broyden", "Newton-Krylov", "VCABM3"):
+    swapped = eqx.tree_at(lambda m: m.deq.solver, model, solvers[name])
+    same = jnp.argmax(jax.vmap(swapped)(pixels[1500:]), 1) == labels[1500:]
+    print(f"{name:16} accuracy {jnp.mean(same):.1%}")
+
+# %% [markdown]
+# ## Which one?
+#
+# * `inn.AndersonAcceleration` is the default: little work beside the
+#   evaluations, and few of them.
+# * `inn.Broyden` has an inverse Jacobian to show for its work, which
+#   `inn.ShineAdjoint` uses, and it tells when it stagnates.
+# * `inn.NewtonKrylov` for high accuracy, and for maps that expand.
+# * ODE solvers for cells that are stable as a flow and not as an iteration: with
+#   eigenvalues far to the left, where plain iteration diverges.

@@ -1,0 +1,376 @@
+"""The training script: what it computes, and that it goes on after it was killed."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+import train as script
+from checkpoints import CheckpointError
+from data import Data, DataError, DataOptions, Examples, load
+from equilibrium import ADJOINTS, EquilibriumOptions, SOLVERS
+from jax.flatten_util import ravel_pytree
+from networks import build, MDEQOptions, ResNetOptions, TanhOptions, TutorialOptions
+from optimiser import make_optimiser, make_schedule, OptimiserOptions
+from recipes import RECIPES
+from records import read_records
+from trainer import (
+    Config,
+    jacobian_schedule,
+    JacobianOptions,
+    means,
+    Plan,
+    RunOptions,
+    train,
+    Trainer,
+    TrainingOptions,
+)
+
+import implicitnets as inn
+
+from .helpers import tolerance
+
+
+SCRIPT = pathlib.Path(script.__file__)
+FLAGS = [
+    "tanh",
+    "--width=8",
+    "--solver=anderson",
+    "--epochs=4",
+    "--pretraining-epochs=2",
+    "--batch-size=16",
+    "--train-size=160",
+    "--test-size=40",
+    "--jacobian-weight=1",
+    "--jacobian-probability=0.5",
+    "--skip-weight=0.1",
+    "--schedule=cosine",
+    "--clip=1",
+    "--log-every=1",
+    "--checkpoint-every=3",
+]
+
+
+def parse(*flags):
+    return script.parse([*FLAGS, *map(str, flags)])
+
+
+def start_script(*flags, **environment):
+    # The compiled programs' threads would each take all the cores.
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *FLAGS, *map(str, flags)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def run_to_end(*processes):
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output.decode()
+
+
+def without_times(records):
+    times = ("seconds", "compile_seconds")
+    return [{k: v for k, v in r.items() if k not in times} for r in records]
+
+
+def weights(state):
+    return ravel_pytree(eqx.filter(state, eqx.is_array))[0]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run in one piece: its folder, its state in the end and its metrics."""
+    folder = tmp_path_factory.mktemp("reference")
+    config = parse("--output-dir", folder)
+    state = train(config, load(config.data))
+    return folder, state, read_records(folder / "metrics.jsonl")
+
+
+def test_run(reference):
+    folder, state, records = reference
+    assert [record["step"] for record in records] == list(range(1, 61))
+    pretraining, implicit = records[:20], records[20:]
+    assert {record["train_evaluations"] for record in pretraining} == {5}
+    assert 5 not in {record["train_evaluations"] for record in implicit}
+    assert min(record["train_converged"] for record in implicit) == 1
+    assert implicit[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
+    tests = [record for record in records if "test_loss" in record]
+    assert [record["step"] for record in tests] == [10, 20, 30, 40, 50, 60]
+    for record in tests:
+        assert 0 < record["test_spectral_radius_mean"]
+        assert record["test_spectral_radius_mean"] <= record["test_spectral_radius_max"]
+    assert int(state.step) == 60
+    assert (folder / "training.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_killed_run_goes_on_bit_by_bit(reference, tmp_path):
+    _, state, records = reference
+    process = start_script("--output-dir", tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    while len(read_records(metrics)) < 35:
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < len(read_records(metrics)) < 60
+
+    config = parse("--output-dir", tmp_path)
+    resumed = train(config, load(config.data))
+    np.testing.assert_array_equal(weights(resumed), weights(state))
+    assert without_times(read_records(metrics)) == without_times(records)
+
+
+def test_finished_run_is_left_alone(reference):
+    folder, state, records = reference
+    config = parse("--output-dir", folder)
+    np.testing.assert_array_equal(
+        weights(train(config, load(config.data))), weights(state)
+    )
+    assert read_records(folder / "metrics.jsonl") == records
+
+
+@pytest.mark.parametrize(
+    "flag, difference",
+    [
+        ("--learning-rate=0.2", "optimiser.learning_rate = 0.1, and this one has 0.2"),
+        ("--train-size=170", "data.checksum = "),
+        ("--solver=broyden", "equilibrium.solver = anderson"),
+    ],
+)
+def test_other_configuration_is_refused(reference, flag, difference):
+    folder, _, _ = reference
+    config = parse("--output-dir", folder, flag)
+    with pytest.raises(CheckpointError, match=difference) as error:
+        train(config, load(config.data))
+    assert "\n" not in str(error.value)
+
+
+def same_curve(records, others):
+    for name in ("train_loss", "train_evaluations", "train_residual"):
+        np.testing.assert_allclose(
+            [record[name] for record in records],
+            [record[name] for record in others],
+            rtol=tolerance(1e-3, 1e-8),
+            atol=tolerance(1e-6, 1e-10),
+        )
+
+
+def test_eight_devices(reference, tmp_path):
+    _, _, records = reference
+    run_to_end(
+        start_script(
+            "--output-dir",
+            tmp_path,
+            "--data-parallel",
+            XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        )
+    )
+    same_curve(records, read_records(tmp_path / "metrics.jsonl"))
+    # What eight devices wrote, one can read.
+    config = parse("--output-dir", tmp_path)
+    train(config, load(config.data))
+
+
+def test_two_processes(reference, tmp_path):
+    _, _, records = reference
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    processes = [
+        start_script(
+            "--output-dir",
+            tmp_path,
+            "--data-parallel",
+            "--distributed",
+            f"--coordinator=localhost:{port}",
+            "--num-processes=2",
+            f"--process-id={number}",
+        )
+        for number in range(2)
+    ]
+    run_to_end(*processes)
+    same_curve(records, read_records(tmp_path / "metrics.jsonl"))
+
+
+def test_metrics_after_a_kill_in_mid_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_records(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_records(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_batch_and_devices_must_fit(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: 3 * [jax.local_devices()[0]])
+    config = parse("--data-parallel")
+    with pytest.raises(ValueError, match="multiple of the 3 devices; got 16"):
+        Trainer(config, load(config.data))
+
+
+# The options.
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_the_defaults_of_the_command_line(name):
+    assert script.parse([name]) == RECIPES[name][1]
+
+
+def test_one_sentence_for_what_cannot_be_read(monkeypatch, tmp_path):
+    flags = ["train.py", "tanh", "--dataset=mnist", f"--data-dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit, match="Error: .* has no file") as error:
+        script.main()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, name, value",
+    [
+        (TrainingOptions, "epochs", -1),
+        (TrainingOptions, "batch_size", 0),
+        (RunOptions, "log_every", 0),
+        (OptimiserOptions, "clip", 0.0),
+        (OptimiserOptions, "warmup_steps", -1),
+    ],
+)
+def test_options_are_checked(options, name, value):
+    with pytest.raises(ValueError, match=name):
+        options(**{name: value})
+
+
+PLAN = Plan(steps_per_epoch=10, pretraining_steps=20, total_steps=100, test_every=10)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(schedule="constant"), {0: 1, 99: 1}),
+        (dict(schedule="cosine"), {0: 1, 50: 0.5, 100: 0}),
+        (dict(schedule="cosine", last_learning_rate=0.2), {50: 0.6, 100: 0.2}),
+        (dict(schedule="step", step_epochs=3), {29: 1, 30: 0.1, 60: 0.01}),
+        (dict(schedule="cosine", warmup_steps=20), {0: 0, 10: 0.5, 20: 1, 60: 0.5}),
+    ],
+)
+def test_schedules(options, expected):
+    options = OptimiserOptions(learning_rate=1.0, **options)
+    schedule = make_schedule(options, PLAN.total_steps, PLAN.steps_per_epoch)
+    for step, rate in expected.items():
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "radam", "sgd"])
+def test_optimisers_descend_and_decay(name):
+    options = OptimiserOptions(name, learning_rate=0.1, weight_decay=0.5, clip=1.0)
+    optimiser = make_optimiser(options, optax.constant_schedule(0.1))
+    point = np.ones(2)
+    for gradient in (np.full(2, 1e6), np.zeros(2)):
+        updates, _ = optimiser.update(gradient, optimiser.init(point), point)
+        assert (np.asarray(updates) < 0).all()
+        assert np.abs(updates).max() < 0.3
+
+
+def test_jacobian_schedule():
+    options = JacobianOptions(
+        jacobian_weight=1.0,
+        jacobian_pretraining_weight=0.1,
+        jacobian_increment=0.5,
+        jacobian_every=30,
+        jacobian_last_epoch=9,
+    )
+    schedule = jacobian_schedule(options, PLAN)
+    found = [schedule(step) for step in (0, 19, 20, 49, 50, 89, 90)]
+    np.testing.assert_allclose(found, [0.1, 0.1, 1, 1, 1.5, 2, 0], rtol=1e-6)
+
+
+# The models.
+
+
+def image_data(size, channels, classes, masks):
+    rng = np.random.default_rng(0)
+    inputs = rng.random((4, channels, size, size), np.float32)
+    shape = (4, size, size) if masks else (4,)
+    targets = rng.integers(0, classes, shape, np.int32)
+    return Data(Examples(inputs, targets), Examples(inputs[:3], targets[:3]), classes)
+
+
+MDEQ = MDEQOptions((2, 2), (1, 1), 4, num_downsamples=1, expansion=1, groups=2)
+
+
+@pytest.mark.parametrize(
+    "model, masks",
+    [
+        (TutorialOptions("skipregdeq", channels=2), False),
+        (ResNetOptions(channels=2, inner_channels=2, groups=2), False),
+        (MDEQ, False),
+        (MDEQ, True),
+    ],
+    ids=["tutorial", "resnet", "mdeq", "mdeq-segmentation"],
+)
+def test_models_train(model, masks):
+    data = image_data(8, 1, 3, masks)
+    config = Config(
+        model,
+        equilibrium=EquilibriumOptions(max_steps=4, test_max_steps=6),
+        jacobian=JacobianOptions(jacobian_weight=1.0),
+        training=TrainingOptions(batch_size=2, spectral_examples=2),
+    )
+    trainer = Trainer(config, data)
+    start = trainer.start()
+    state, metrics = trainer.train_step(start, 0)
+    assert all(np.isfinite(value) for value in means([metrics]).values())
+    assert not np.array_equal(weights(state.network), weights(start.network))
+    found = trainer.test(state)
+    assert all(np.isfinite(value) for value in found.values())
+    assert found["steps"] <= 6
+    assert ("mean_iou" in found) == masks
+
+
+def test_models_and_data_must_fit():
+    text = load(DataOptions("copy_memory", train_size=4, test_size=4))
+    for model in (TutorialOptions(), TanhOptions(), ResNetOptions(), MDEQ):
+        with pytest.raises(DataError, match="takes images"):
+            build(model, EquilibriumOptions(), text, key=jr.key(0))
+    with pytest.raises(DataError, match="takes grey images"):
+        colours = image_data(8, 3, 3, False)
+        build(TutorialOptions(), EquilibriumOptions(), colours, key=jr.key(0))
+    with pytest.raises(DataError, match="multiples of 4; these have 6 x 6"):
+        small = image_data(6, 3, 3, False)
+        build(MDEQ, EquilibriumOptions(), small, key=jr.key(0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers(solver):
+    data, options = image_data(4, 1, 3, False), EquilibriumOptions(solver, start="cell")
+    network, _ = build(TanhOptions(3), options, data, key=jr.key(0))
+    assert isinstance(network.layer, inn.SkipDeepEquilibriumNetwork)
+    solution = network.layer.solve(np.ones(3))
+    assert float(np.abs(solution.residual).max()) < 1e-2
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_adjoints(adjoint):
+    data, options = image_data(4, 1, 3, False), EquilibriumOptions(adjoint=adjoint)
+    options = dataclasses.replace(options, solver="broyden", start="injection")
+    network, _ = build(TanhOptions(3), options, data, key=jr.key(0))
+    gradient = jax.grad(lambda x: network.layer(x).sum())(np.ones(3))
+    assert np.isfinite(gradient).all() and gradient.any()
+
+
+def test_metrics_are_json(reference):
+    folder, _, _ = reference
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
