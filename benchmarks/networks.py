@@ -6,11 +6,12 @@ axis name `batch`.
 
 import abc
 import dataclasses
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import optax
 from data import Data, DataError
 from equilibrium import EquilibriumOptions, make_layer
@@ -28,7 +29,7 @@ class Verdict(eqx.Module):
 
     - `loss`, `prediction`: of every target.
     - `solution`: of the equilibrium layer.
-    - `injection`: what its cell had as second argument.
+    - `injection`, `key`: what its cell had besides the state.
     - `memory`: what the next segment of a text is to remember; of other data, `None`.
     """
 
@@ -36,7 +37,8 @@ class Verdict(eqx.Module):
     prediction: Int[Array, "..."]
     solution: inn.EquilibriumSolution
     injection: PyTree
-    memory: PyTree
+    key: PRNGKeyArray
+    memory: PyTree[Array]
 
 
 class AbstractNetwork(eqx.Module):
@@ -82,23 +84,32 @@ def judge(
     targets: Int[Array, "..."],
     solution: inn.EquilibriumSolution,
     injection: PyTree,
+    key: PRNGKeyArray,
     memory: PyTree[Array] = None,
 ) -> Verdict:
-    """The verdict on the scores of all the classes."""
+    """The verdict on the scores of all the classes.
+
+    **Arguments:**
+
+    - `logits`: the scores.
+    - `targets`: the right classes.
+    - `solution`, `injection`, `key`, `memory`: as in the verdict.
+    """
     known = jnp.maximum(targets, 0)  # An ignored one has a loss too, that counts not.
     return Verdict(
         loss=optax.softmax_cross_entropy_with_integer_labels(logits, known),
-        prediction=jnp.argmax(logits, axis=-1),
+        prediction=jnp.argmax(logits, axis=-1).astype(targets.dtype),
         solution=solution,
         injection=injection,
+        key=key,
         memory=memory,
     )
 
 
-class ImageNetwork(AbstractNetwork):
-    """A model of the library that judges an image, or every pixel of one."""
+class ModelNetwork(AbstractNetwork):
+    """A model of the library that judges an image, its pixels, or a sequence."""
 
-    model: models.MDEQ | models.MDEQSegmenter | models.ResNetDEQ | models.TanhDEQ
+    model: models.AbstractModel
 
     @property
     def layer(self) -> inn.AbstractDeepEquilibriumNetwork:
@@ -111,7 +122,7 @@ class ImageNetwork(AbstractNetwork):
         return None
 
     def __call__(self, inputs, targets, memory, state, *, key):
-        """Judge one image."""
+        """Judge one example."""
         injection, state = self.model.inject(inputs, state)
         solution = self.model.deq.solve(injection, key=key)
         logits, state = self.model.read_out(solution.z_star, state)
@@ -119,7 +130,32 @@ class ImageNetwork(AbstractNetwork):
             # Of every pixel of the finest scale, which may be smaller than the image.
             size = (len(logits), *targets.shape)
             logits = jnp.moveaxis(jax.image.resize(logits, size, "bilinear"), 0, -1)
-        return judge(logits, targets, solution, injection, memory), state
+        return judge(logits, targets, solution, injection, key), state
+
+
+class TransformerNetwork(AbstractNetwork):
+    """The language model with a memory."""
+
+    model: models.DEQTransformer
+
+    @property
+    def layer(self) -> inn.AbstractDeepEquilibriumNetwork:
+        """The equilibrium layer."""
+        return self.model.deq
+
+    @property
+    def memory(self) -> models.Memory:
+        """An empty one."""
+        return self.model.empty_memory()
+
+    def __call__(self, inputs, targets, memory, state, *, key):
+        """Judge one segment."""
+        in_key, cell_key, out_key = jr.split(key, 3)
+        segment = self.model.inject(inputs, memory, key=in_key)
+        solution = self.model.deq.solve(segment, key=cell_key)
+        log_probs = self.model.read_out(solution.z_star, key=out_key)
+        memory = self.model.remember(segment, solution.z_star)
+        return judge(log_probs, targets, solution, segment, cell_key, memory), state
 
 
 class TutorialNetwork(AbstractNetwork):
@@ -142,7 +178,7 @@ class TutorialNetwork(AbstractNetwork):
         injection = self.model.stem(inputs)
         solution = self.model.deq.solve(injection, key=key)
         logits = self.model.head(solution.z_star)
-        return judge(logits, targets, solution, injection, memory), state
+        return judge(logits, targets, solution, injection, key), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +207,10 @@ class TanhOptions:
     width: int = 100
     """Size of the state."""
 
-    def build(self, data: Data, *, key: PRNGKeyArray) -> ImageNetwork:
+    def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
         """The network for some data."""
         config = models.TanhConfig(_image_shape(data), self.width, data.num_classes)
-        return ImageNetwork(models.TanhDEQ(config, key=key))
+        return ModelNetwork(models.TanhDEQ(config, key=key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +226,14 @@ class ResNetOptions:
     pool_stride: int = 8
     """How far apart the means over 8 x 8 pixels are that the head sees."""
 
-    def build(self, data: Data, *, key: PRNGKeyArray) -> ImageNetwork:
+    def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
         """The network for some data."""
         config = models.ResNetConfig(
             image_shape=_image_shape(data),
             num_classes=data.num_classes,
             **dataclasses.asdict(self),
         )
-        return ImageNetwork(models.ResNetDEQ(config, key=key))
+        return ModelNetwork(models.ResNetDEQ(config, key=key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,10 +263,9 @@ class MDEQOptions:
     @classmethod
     def of(cls, config: models.MDEQConfig) -> "MDEQOptions":
         """Published sizes."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: getattr(config, name) for name in names})
+        return cls(**_fields(cls, config))
 
-    def build(self, data: Data, *, key: PRNGKeyArray) -> ImageNetwork:
+    def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
         """The network for some data."""
         channels, height, width = _image_shape(data)
         multiple = 2 ** (self.num_downsamples + len(self.channels) - 1)
@@ -246,7 +281,76 @@ class MDEQOptions:
         )
         has_masks = data.target_shape != ()
         model = models.MDEQSegmenter if has_masks else models.MDEQ
-        return ImageNetwork(model(config, key=key))
+        return ModelNetwork(model(config, key=key))
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerOptions:
+    """The language model with a memory."""
+
+    cutoffs: tuple[int, ...] = ()
+    """Where clusters of ever rarer words end, with ever narrower embeddings."""
+    width: int = 128
+    """Of the state at every position."""
+    num_heads: int = 4
+    """Of the attention."""
+    head_width: int = 32
+    """Of the attention."""
+    inner_width: int = 512
+    """Of the feed-forward layer."""
+    memory_length: int = 128
+    """How many positions before a segment attention sees."""
+    local_size: int = 1000
+    """How far back it sees at all."""
+    dropout: float = 0.05
+    """Probability with which features are dropped."""
+    attention_dropout: float = 0.0
+    """Probability with which weights of the attention are dropped."""
+    pre_norm: bool = False
+    """Layer normalisation in front of the layers, and not behind them."""
+    normalise_weights: bool = True
+    """Weight normalisation in the cell."""
+
+    @classmethod
+    def of(cls, config: models.TransformerConfig) -> "TransformerOptions":
+        """Published sizes."""
+        return cls(**_fields(cls, config))
+
+    def build(self, data: Data, *, key: PRNGKeyArray) -> TransformerNetwork:
+        """The network for some data."""
+        _check_sequence(data)
+        config = models.TransformerConfig(
+            vocab_size=data.num_classes, **dataclasses.asdict(self)
+        )
+        return TransformerNetwork(models.DEQTransformer(config, key=key))
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalTransformerOptions:
+    """The small language model, without a memory."""
+
+    width: int = 256
+    """Of the state at every position."""
+    num_heads: int = 4
+    """Of the attention."""
+    dropout: float = 0.1
+    """Probability with which features are dropped."""
+
+    def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
+        """The network for some data."""
+        _check_sequence(data)
+        config = models.CausalTransformerConfig(
+            vocab_size=data.num_classes,
+            length=data.input_shape[0],
+            **dataclasses.asdict(self),
+        )
+        return ModelNetwork(models.CausalTransformerDEQ(config, key=key))
+
+
+def _fields(cls: type, config: Any) -> dict[str, Any]:
+    return {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(cls)
+    }
 
 
 def _image_shape(data: Data) -> tuple[int, int, int]:
@@ -255,7 +359,19 @@ def _image_shape(data: Data) -> tuple[int, int, int]:
     return data.input_shape
 
 
-ModelOptions: TypeAlias = TutorialOptions | TanhOptions | ResNetOptions | MDEQOptions
+def _check_sequence(data: Data) -> None:
+    if len(data.input_shape) != 1:
+        raise DataError("The model takes text and other sequences.")
+
+
+ModelOptions: TypeAlias = (
+    CausalTransformerOptions
+    | MDEQOptions
+    | ResNetOptions
+    | TanhOptions
+    | TransformerOptions
+    | TutorialOptions
+)
 
 
 def build(

@@ -8,7 +8,14 @@ import dataclasses
 
 from data import DataOptions
 from equilibrium import EquilibriumOptions
-from networks import MDEQOptions, ResNetOptions, TanhOptions, TutorialOptions
+from networks import (
+    CausalTransformerOptions,
+    MDEQOptions,
+    ResNetOptions,
+    TanhOptions,
+    TransformerOptions,
+    TutorialOptions,
+)
 from optimiser import OptimiserOptions
 from trainer import Config, JacobianOptions, TrainingOptions
 
@@ -20,6 +27,19 @@ _BROYDEN = EquilibriumOptions(
     "broyden", rtol=1e-3, max_steps=18, adjoint_rtol=1e-3, adjoint_max_steps=20
 )
 _COSINE = OptimiserOptions(schedule="cosine", last_learning_rate=1e-6)
+
+_WIKITEXT = DataOptions("wikitext103", sequence_length=150)
+_WARMUP = OptimiserOptions(
+    learning_rate=2.5e-4, schedule="cosine", warmup_steps=16_000, clip=0.25
+)
+# 32,000 of the 300,000 steps, of 150 words in each of 56 streams.
+_WIKITEXT_TRAINING = TrainingOptions(
+    pretraining_epochs=2.6,
+    pretraining_depth=2,
+    epochs=21.8,
+    batch_size=56,
+    test_every=0.4,
+)
 
 RECIPES: dict[str, tuple[str, Config]] = {
     "tutorial": (
@@ -111,6 +131,63 @@ RECIPES: dict[str, tuple[str, Config]] = {
                 epochs=189.2,
                 batch_size=96,
             ),
+        ),
+    ),
+    "causal-transformer": (
+        "The small transformer without a memory, of deq-jax.",
+        Config(
+            CausalTransformerOptions(),
+            DataOptions("text", sequence_length=128),
+            EquilibriumOptions("broyden", rtol=1e-4),
+            OptimiserOptions(learning_rate=2e-4, betas=(0.9, 0.99), clip=0.25),
+            training=TrainingOptions(epochs=10, batch_size=16),
+        ),
+    ),
+    "transformer": (
+        "A small transformer with a memory, for characters.",
+        Config(
+            TransformerOptions(),
+            DataOptions("text", level="character"),
+            optimiser=OptimiserOptions(schedule="cosine", warmup_steps=200, clip=0.25),
+            training=TrainingOptions(
+                pretraining_epochs=1, pretraining_depth=3, epochs=4
+            ),
+        ),
+    ),
+    "transformer-wikitext103": (
+        "The transformer of Bai et al. (2019), for WikiText-103.",
+        Config(
+            TransformerOptions.of(models.TransformerConfig.wikitext103()),
+            _WIKITEXT,
+            EquilibriumOptions("anderson", max_steps=30, adjoint_max_steps=35),
+            _WARMUP,
+            training=_WIKITEXT_TRAINING,
+        ),
+    ),
+    "transformer-wikitext103-regularised": (
+        "The same with the Jacobian regularisation of Bai et al. (2021).",
+        Config(
+            TransformerOptions.of(models.TransformerConfig.wikitext103_regularised()),
+            _WIKITEXT,
+            EquilibriumOptions("anderson", max_steps=12, adjoint_max_steps=13),
+            _WARMUP,
+            JacobianOptions(
+                jacobian_weight=1.9, jacobian_every=35_000, jacobian_probability=0.35
+            ),
+            _WIKITEXT_TRAINING,
+        ),
+    ),
+    "transformer-wikitext103-pre-norm": (
+        "The same with layer normalisation in front of the layers.",
+        Config(
+            TransformerOptions.of(models.TransformerConfig.wikitext103_pre_norm()),
+            _WIKITEXT,
+            EquilibriumOptions("anderson", max_steps=14, adjoint_max_steps=14),
+            _WARMUP,
+            JacobianOptions(
+                jacobian_weight=2.0, jacobian_every=30_000, jacobian_probability=0.4
+            ),
+            _WIKITEXT_TRAINING,
         ),
     ),
 }

@@ -103,7 +103,7 @@ class RunOptions:
     data_parallel: bool = False
     """Split every batch over all the devices."""
     distributed: bool = False
-    """Work together with other processes, found through the cluster's environment ..."""
+    """Work with other processes, which the cluster's environment tells of ..."""
     coordinator: str | None = None
     """... or, where there is none, at the address and port of the first process ..."""
     num_processes: int | None = None
@@ -228,7 +228,7 @@ def _intersection_over_union(prediction, targets, num_classes, counts):
         return jnp.zeros(num_classes, counts.dtype).at[classes].add(weights)
 
     # The ignored ones count nothing, wherever they are counted.
-    hits = count(prediction, counts * (prediction == targets))
+    hits = count(prediction, jnp.where(prediction == targets, counts, 0))
     return Mean(hits, count(prediction, counts) + count(targets, counts) - hits)
 
 
@@ -241,8 +241,7 @@ def jacobian_penalty(
 ) -> Scalar:
     """The penalty on the cell's Jacobian, the mean of a batch, in some of the steps."""
 
-    def one_example(z, x, key):
-        cell_key, key = jr.split(key)
+    def one_example(z, x, cell_key, key):
         cell = ft.partial(network.layer.evaluate, key=cell_key)
         return inn.jacobian_penalty(
             cell, z, x, key=key, num_samples=options.jacobian_samples
@@ -251,7 +250,7 @@ def jacobian_penalty(
     def penalty(key):
         keys = jr.split(key, len(verdict.loss))
         z, x = verdict.solution.z_star, verdict.injection
-        return jnp.mean(jax.vmap(one_example)(z, x, keys))
+        return jnp.mean(jax.vmap(one_example)(z, x, verdict.key, keys))
 
     return inn.sometimes(options.jacobian_probability, penalty, key=key)
 
@@ -304,6 +303,17 @@ class Trainer:
         self.network, self.statistics = build(
             config.model, config.equilibrium, data, key=model_key
         )
+        # Only the segments of a text have anything to do with each other.
+        self.is_text = isinstance(data.train, Text)
+        self._empty_memory = self.placement.put(
+            jtu.tree_map(
+                lambda leaf: np.broadcast_to(
+                    leaf, (config.training.batch_size, *leaf.shape)
+                ),
+                self.network.memory,
+            ),
+            self.placement.split,
+        )
         self.compile_seconds = 0.0
         self._compiled: dict[Any, Callable] = {}
 
@@ -322,7 +332,7 @@ class Trainer:
         return TrainState(
             network=put(self.network),
             statistics=put(self.statistics),
-            memory=self._fresh_memory(),
+            memory=self._empty_memory,
             optimiser=put(self.optimiser.init(weights)),
             step=put(jnp.array(0)),
         )
@@ -345,8 +355,8 @@ class Trainer:
         state = dataclasses.replace(
             state, network=inn.set_fixed_depth(state.network, depth)
         )
-        if step % self.plan.steps_per_epoch == 0:
-            state = dataclasses.replace(state, memory=self._fresh_memory())
+        if step % self.plan.steps_per_epoch == 0 or not self.is_text:
+            state = dataclasses.replace(state, memory=self._empty_memory)
         batch = self.data.train.training_batch(step, options.batch_size, options.seed)
         return self._call(depth, self._update, state, self._put_batch(batch))
 
@@ -359,7 +369,7 @@ class Trainer:
             layer = dataclasses.replace(network.layer, max_steps=budget)
             network = eqx.tree_at(lambda network: network.layer, network, layer)
         depth = network.layer.fixed_depth
-        memory = self._fresh_memory()
+        memory = self._empty_memory
         metrics, radii = [], None
         for batch in self.data.test.test_batches(options.batch_size):
             found, solved, memory = self._call(
@@ -370,6 +380,7 @@ class Trainer:
                 memory,
                 self._put_batch(batch),
             )
+            memory = memory if self.is_text else self._empty_memory
             metrics.append(found)
             if radii is None and options.spectral_examples > 0:
                 radii = self._call(("radii", depth), self._radii, network, solved)
@@ -378,7 +389,7 @@ class Trainer:
             radii = np.asarray(radii)[: len(self.data.test)]
             result["spectral_radius_mean"] = float(radii.mean())
             result["spectral_radius_max"] = float(radii.max())
-        if isinstance(self.data.test, Text):
+        if self.is_text:
             result["bits_per_token"] = result["loss"] / math.log(2)
             result["perplexity"] = float(np.exp(result["loss"]))
         return result
@@ -443,14 +454,6 @@ class Trainer:
 
     def _put_batch(self, batch: Batch) -> tuple[Array, Array]:
         return self.placement.put(batch, self.placement.split)
-
-    def _fresh_memory(self) -> PyTree[Array]:
-        size = self.config.training.batch_size
-        memory = jtu.tree_map(
-            lambda leaf: np.broadcast_to(leaf, (size, *leaf.shape)),
-            self.network.memory,
-        )
-        return self.placement.put(memory, self.placement.split)
 
 
 def means(metrics: Sequence[Metrics]) -> dict[str, float]:

@@ -1,12 +1,12 @@
 import functools as ft
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 
 import implicitnets as inn
@@ -19,8 +19,10 @@ from implicitnets.models import (
     TanhConfig,
     TanhDEQ,
 )
+from implicitnets.models.mdeq import _resize
 
 from .helpers import tolerance
+from .training import cross_entropy, fit, num_parameters, over_batch
 
 
 TINY_TANH = TanhConfig(image_shape=(1, 2, 3), width=4, num_classes=3)
@@ -41,11 +43,6 @@ TINY_MDEQ = MDEQConfig(
 def structs(make, config):
     """A model that takes no memory."""
     return eqx.filter_eval_shape(eqx.nn.make_with_state(make), config, key=jr.key(0))
-
-
-def num_parameters(tree) -> int:
-    leaves = [x for x in jtu.tree_leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
-    return sum(x.size for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 @pytest.mark.parametrize(
@@ -82,11 +79,6 @@ def test_number_of_parameters_of_cells():
         assert num_parameters(cells[0]) == num_parameters(cells[1])
 
 
-def over_batch(model, images, state, keys):
-    call = jax.vmap(model, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
-    return call(images, state, key=keys)
-
-
 @pytest.mark.parametrize(
     "make, config, scales",
     (
@@ -119,55 +111,51 @@ def test_shapes_at_published_sizes(make, config, scales):
 
 
 @pytest.mark.parametrize(
-    "make, config, image_shape",
+    "make, config, image_shape, fixed_depth",
     (
-        (TanhDEQ, TINY_TANH, (1, 2, 3)),
-        (ResNetDEQ, TINY_RESNET, (1, 8, 8)),
-        (MDEQ, TINY_MDEQ, (1, 4, 4)),
-        (MDEQSegmenter, TINY_MDEQ, (1, 4, 4)),
+        (TanhDEQ, TINY_TANH, (1, 2, 3), 0),
+        (ResNetDEQ, TINY_RESNET, (1, 8, 8), 0),
+        (MDEQ, TINY_MDEQ, (1, 4, 4), 0),
+        (MDEQSegmenter, TINY_MDEQ, (1, 4, 4), 2),
     ),
 )
-def test_training(make, config, image_shape):
-    """Fits a few random examples, and gives finite logits in inference."""
-    init_key, image_key, label_key, key = jr.split(jr.key(0), 4)
-    solver = inn.AndersonAcceleration(1e-2, 1e-4)
-    make = ft.partial(make, config, solver, max_steps=8)
+def test_image_models(make, config, image_shape, fixed_depth):
+    """They fit a few random examples; an example alone decides in inference."""
+    init_key, image_key, label_key = jr.split(jr.key(0), 3)
+    make = ft.partial(make, config, optx.FixedPointIteration(1e-2, 1e-4), max_steps=8)
     model, state = eqx.filter_jit(eqx.nn.make_with_state(make))(key=init_key)
+    model = inn.set_fixed_depth(model, fixed_depth)
     images = jr.normal(image_key, (4, *image_shape))
     label_shape = (4, 4, 4) if isinstance(model, MDEQSegmenter) else (4,)
     labels = jr.randint(label_key, label_shape, 0, config.num_classes)
-    optimiser = optax.adam(3e-2)
 
-    @eqx.filter_jit
-    def train(model, state):
-        params, static = eqx.partition(model, eqx.is_inexact_array)
+    def loss(model, state, key):
+        (logits, _), state = over_batch(model, images, state, jr.split(key, 4))
+        return cross_entropy(jnp.moveaxis(logits, 1, -1), labels), state
 
-        def loss(params, state, key):
-            keys = jr.split(key, 4)
-            model = eqx.combine(params, static)
-            (logits, _), state = over_batch(model, images, state, keys)
-            logits = jnp.moveaxis(logits, 1, -1)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return jnp.mean(losses), state
-
-        def step(carry, key):
-            params, state, opt_state = carry
-            gradient = jax.value_and_grad(loss, has_aux=True)
-            (value, state), grads = gradient(params, state, key)
-            with jax.numpy_dtype_promotion("standard"):  # for Optax
-                updates, opt_state = optimiser.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), state, opt_state), value
-
-        carry = (params, state, optimiser.init(params))
-        (params, state, _), losses = jax.lax.scan(step, carry, jr.split(key, 30))
-        return eqx.combine(params, static), state, losses
-
-    model, state, losses = train(model, state)
+    model, state, losses = fit(loss, model, state, optax.adam(3e-2), num_steps=100)
     assert losses[-1] < 0.5 * losses[0]
     evaluate = eqx.filter_jit(over_batch)
     model = eqx.nn.inference_mode(model)
-    (logits, sol), new_state = evaluate(model, images, state, None)
+    (logits, _), new_state = evaluate(model, images, state, None)
+    (others, _), _ = evaluate(model, images.at[1:].set(0), state, None)
     assert np.all(np.isfinite(logits))
     assert eqx.tree_equal(state, new_state)
-    (alone, _), _ = evaluate(model, images[:1], state, None)
-    assert np.allclose(logits[:1], alone, atol=tolerance(1e-3, 1e-6))
+    assert np.allclose(logits[0], others[0], atol=tolerance(1e-4, 1e-8))
+    assert not np.allclose(logits[1], others[1], atol=tolerance(1e-4, 1e-8))
+
+
+def test_resize_keeps_the_corners():
+    x = jnp.arange(3.0)[:, None] + 10 * jnp.arange(2.0)[None, :]
+    y = _resize(x[None], 6, 4)
+    rows, columns = np.linspace(0, 2, 6), np.linspace(0, 1, 4)
+    assert np.allclose(y[0], rows[:, None] + 10 * columns[None, :], atol=1e-5)
+    assert np.allclose(_resize(x[None, :1, :1], 2, 2), 0)
+
+
+def test_image_that_does_not_fit_the_scales():
+    model, state = structs(MDEQ, TINY_MDEQ)
+    with pytest.raises(ValueError, match="multiples of 2; got 5 x 4"):
+        eqx.filter_eval_shape(
+            over_batch, model, jnp.zeros((1, 1, 5, 4)), state, jr.split(jr.key(0), 1)
+        )

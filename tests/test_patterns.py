@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from typing import Any
 
 import equinox as eqx
 import pytest
@@ -36,19 +37,20 @@ def test_abstract_or_final(cls):
             )
 
 
-def public_names() -> list[str]:
-    return [
-        name
-        for name, value in vars(inn).items()
+def public_values() -> dict[str, Any]:
+    return {
+        name: value
+        for package in (inn, inn.nn, inn.models)
+        for name, value in vars(package).items()
         if not name.startswith("_")
         and getattr(value, "__module__", "").startswith("implicitnets.")
-    ]
+    }
 
 
-@pytest.mark.parametrize("name", public_names())
+@pytest.mark.parametrize("name", public_values())
 def test_public_docstrings(name):
     """A summary line, the arguments of what takes any, and methods' own docstrings."""
-    value = getattr(inn, name)
+    value = public_values()[name]
     doc = inspect.getdoc(value)
     assert doc is not None
     summary, *rest = doc.split("\n")

@@ -6,8 +6,6 @@ import optimistix as optx
 import pytest
 
 import implicitnets as inn
-from implicitnets._adjoint.reversible import ReversibleAdjoint
-from implicitnets._solver.reversible import ReversibleFixedPoint
 
 from .helpers import (
     is_double,
@@ -49,7 +47,7 @@ def solve(params, adjoint, num_steps):
     weight, x, z0 = params
     return optx.fixed_point(
         lambda z, x: cell(z, (weight, x)),
-        ReversibleFixedPoint(0.0, 0.0, damping=DAMPING),
+        inn.ReversibleFixedPoint(0.0, 0.0, damping=DAMPING),
         z0,
         x,
         adjoint=adjoint,
@@ -59,7 +57,7 @@ def solve(params, adjoint, num_steps):
 
 
 def loss(params, probe, num_steps, fallback, bound=0.1):
-    adjoint = ReversibleAdjoint(fallback, bound, probe=probe)
+    adjoint = inn.ReversibleAdjoint(fallback, bound, probe=probe)
     return jnp.sum(LOSS_WEIGHTS * solve(params, adjoint, num_steps))
 
 
@@ -134,7 +132,7 @@ def test_half_precision():
     @jax.jit
     @jax.grad
     def gradient(params):
-        adjoint = ReversibleAdjoint()
+        adjoint = inn.ReversibleAdjoint()
         y = solve(params, adjoint, 4)
         return jnp.sum(LOSS_WEIGHTS.astype(y.dtype) * y)
 
@@ -145,9 +143,9 @@ def test_half_precision():
 
 def test_solver_in_a_layer():
     """To its tolerance, and with the best iterate if there is none better."""
-    solver = ReversibleFixedPoint(1e-4, 0.0, damping=0.2)
+    solver = inn.ReversibleFixedPoint(1e-4, 0.0, damping=0.2)
     deq = inn.DeepEquilibriumNetwork(
-        lambda z, x: jnp.tanh(WEIGHT @ z + x), solver, adjoint=ReversibleAdjoint()
+        lambda z, x: jnp.tanh(WEIGHT @ z + x), solver, adjoint=inn.ReversibleAdjoint()
     )
     sol = jax.jit(deq.solve)(PARAMS[1])
     assert sol.result == optx.RESULTS.successful
@@ -157,8 +155,10 @@ def test_solver_in_a_layer():
     def away(z, x):
         return 3 * z + x
 
-    absolute = ReversibleFixedPoint(0.0, 1e-4, damping=0.2)
-    diverging = inn.DeepEquilibriumNetwork(away, absolute, adjoint=ReversibleAdjoint())
+    absolute = inn.ReversibleFixedPoint(0.0, 1e-4, damping=0.2)
+    diverging = inn.DeepEquilibriumNetwork(
+        away, absolute, adjoint=inn.ReversibleAdjoint()
+    )
     gradient = jax.value_and_grad(lambda x: jnp.sum(diverging(x, z0=jnp.ones(1))))
     value, grad = jax.jit(gradient)(jnp.ones(1))
     # Of the first step, where the residual is least: 0.2 + 0.8 (3 + 1).
@@ -168,12 +168,12 @@ def test_solver_in_a_layer():
 @pytest.mark.parametrize("damping", (0.0, 1.0))
 def test_damping_is_checked(damping):
     with pytest.raises(ValueError, match=f"damping.*{damping}"):
-        ReversibleFixedPoint(1e-3, 1e-3, damping=damping)
+        inn.ReversibleFixedPoint(1e-3, 1e-3, damping=damping)
 
 
 def test_other_solvers():
     deq = inn.DeepEquilibriumNetwork(
-        lambda z, x: 0.5 * z + x, adjoint=ReversibleAdjoint()
+        lambda z, x: 0.5 * z + x, adjoint=inn.ReversibleAdjoint()
     )
     with pytest.raises(TypeError, match="ReversibleFixedPoint.*AndersonAcceleration"):
         deq(jnp.ones(2))

@@ -1,6 +1,6 @@
 import importlib.metadata
 
-from . import nn as nn
+from . import models as models, nn as nn
 from ._adjoint.implicit import ImplicitAdjoint as ImplicitAdjoint
 from ._adjoint.neumann import NeumannAdjoint as NeumannAdjoint
 from ._adjoint.phantom import (
@@ -11,6 +11,7 @@ from ._adjoint.report import (
     AbstractReportingAdjoint as AbstractReportingAdjoint,
     AdjointReport as AdjointReport,
 )
+from ._adjoint.reversible import ReversibleAdjoint as ReversibleAdjoint
 from ._adjoint.shine import ShineAdjoint as ShineAdjoint
 from ._correction import (
     constant_weights as constant_weights,
@@ -46,6 +47,7 @@ from ._solver.anderson import AndersonAcceleration as AndersonAcceleration
 from ._solver.broyden import Broyden as Broyden
 from ._solver.newton_krylov import NewtonKrylov as NewtonKrylov
 from ._solver.pseudo_transient import PseudoTransient as PseudoTransient
+from ._solver.reversible import ReversibleFixedPoint as ReversibleFixedPoint
 from ._solver.splitting import (
     ForwardBackward as ForwardBackward,
     PeacemanRachford as PeacemanRachford,

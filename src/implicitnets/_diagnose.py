@@ -11,6 +11,7 @@ from ._adjoint.implicit import ImplicitAdjoint
 from ._convolution import fast_convolutions
 from ._misc import working_dtype
 from ._observe import AbstractObserver, observe
+from ._parametrise import resolve
 
 
 class ResidualTrace(eqx.Module):
@@ -74,7 +75,7 @@ def residual_trace(
         _call,
         observe(solver, _ResidualObserver(max_steps)),
         z0,
-        (fn, args),
+        (resolve(fn), args),
         max_steps=max_steps,
         adjoint=ImplicitAdjoint(),
         throw=False,

@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from ._misc import check_argument, tree_dot, tree_normal, working_dtype
+from ._parametrise import resolve
 from ._solution import EquilibriumSolution
 
 
@@ -57,8 +58,8 @@ def jacobian_penalty(
 
     **Arguments:**
 
-    - `cell`: `cell(z, x) -> z`. Bind the key of a cell that takes one, and normalised
-        weights, as the layer had them.
+    - `cell`: `cell(z, x) -> z`. For a cell that takes a key, bind the one that the
+        layer had, or give the layer's `evaluate`.
     - `z`: one example's state, usually its equilibrium.
     - `x`: the cell's second argument.
     - `key`: for the samples; another one in every training step and for every example.
@@ -78,6 +79,7 @@ def jacobian_penalty(
     `ValueError` if `num_samples` is not positive.
     """
     check_argument("num_samples", num_samples, num_samples >= 1, "at least 1")
+    cell = resolve(cell)
     if detach:
         z = lax.stop_gradient(z)
     _, pull_back = jax.vjp(lambda z: cell(z, x), z)

@@ -5,18 +5,14 @@ from typing import Any
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
+import jax.random as jr
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from ._convolution import fast_convolutions
-from ._history import (
-    empty_history,
-    history_combine,
-    history_dot,
-    history_get,
-    history_set,
-)
-from ._misc import check_argument, tree_astype, tree_dot, tree_normal, working_dtype
+from ._krylov import arnoldi
+from ._misc import check_argument, working_dtype
+from ._parametrise import resolve
 
 
 def spectral_radius(
@@ -60,7 +56,7 @@ def spectral_radius(
     `ValueError` if `num_steps` is not positive.
     """
     check_argument("num_steps", num_steps, num_steps >= 1, "at least 1")
-    _, product = jax.linearize(lambda z: fast_convolutions(cell)(z, x), z)
+    product = _jacobian(cell, z, x)
     return _ritz_radius(product, z, key, num_steps)
 
 
@@ -93,7 +89,7 @@ def operator_norm(
     `ValueError` if `num_steps` is not positive.
     """
     check_argument("num_steps", num_steps, num_steps >= 1, "at least 1")
-    _, product = jax.linearize(lambda z: fast_convolutions(cell)(z, x), z)
+    product = _jacobian(cell, z, x)
     transpose = jax.linear_transpose(product, z)
 
     def normal_product(v):
@@ -102,73 +98,22 @@ def operator_norm(
     return jnp.sqrt(_ritz_radius(normal_product, z, key, num_steps))
 
 
+def _jacobian(cell, z, x):
+    cell = fast_convolutions(resolve(cell))
+    return jax.linearize(lambda z: cell(z, x), z)[1]
+
+
 def _ritz_radius(product, z, key, num_steps):
-    product = _in_working_dtype(product, z)
-    size = sum(leaf.size for leaf in jtu.tree_leaves(z))
-    start = tree_normal(key, tree_astype(z, working_dtype(z)))
-    hessenberg = _arnoldi(product, start, min(num_steps, size))
-    return lax.stop_gradient(_radius(hessenberg)).astype(working_dtype(z))
+    flat, unravel = ravel_pytree(z)
+    dtype = working_dtype(flat)
 
+    def flat_product(v):
+        image, _ = ravel_pytree(product(unravel(v.astype(flat.dtype))))
+        return image.astype(dtype)
 
-def _in_working_dtype(product, z):
-    dtype = working_dtype(z)
-    dtypes = jtu.tree_map(lambda leaf: leaf.dtype, z)
-
-    def narrowed(v):
-        v = jtu.tree_map(lambda leaf, dtype: leaf.astype(dtype), v, dtypes)
-        return tree_astype(product(v), dtype)
-
-    return narrowed
-
-
-def _arnoldi(
-    product: Callable[[PyTree[Array]], PyTree[Array]],
-    start: PyTree[Array],
-    num_steps: int,
-) -> Float[Array, "steps steps"]:
-    """The projection of a linear map on the Krylov space of a vector.
-
-    **Arguments:**
-
-    - `product`: the linear map.
-    - `start`: the vector; of the working dtype.
-    - `num_steps`: the dimension of the space.
-
-    **Returns:**
-
-    The map's matrix in an orthonormal basis of the space; where that is exhausted
-    early, zeros.
-    """
-    dtype = working_dtype(start)
-    negligible = 100 * jnp.finfo(dtype).eps
-
-    def normalised(v, least):
-        norm = jnp.sqrt(tree_dot(v, v))
-        usable = norm > least
-        factor = jnp.where(usable, 1 / jnp.where(usable, norm, 1), 0)
-        return jtu.tree_map(lambda leaf: leaf * factor, v), norm * factor * norm
-
-    def step(k, carry):
-        basis, hessenberg = carry
-        image = product(history_get(basis, k, start))
-        least = negligible * jnp.sqrt(tree_dot(image, image))
-        column = jnp.zeros(num_steps + 1, dtype)
-        # Twice, so that the basis is orthogonal to rounding.
-        for _ in range(2):
-            parts = history_dot(basis, image)
-            image = jtu.tree_map(
-                jnp.subtract, image, history_combine(parts, basis, start)
-            )
-            column = column + parts
-        image, norm = normalised(image, least)
-        basis = history_set(basis, k + 1, image)
-        return basis, hessenberg.at[:, k].set(column.at[k + 1].set(norm))
-
-    first, _ = normalised(start, jnp.zeros((), dtype))
-    basis = history_set(empty_history(num_steps + 1, start), 0, first)
-    hessenberg = jnp.zeros((num_steps + 1, num_steps), dtype)
-    _, hessenberg = lax.fori_loop(0, num_steps, step, (basis, hessenberg))
-    return hessenberg[:num_steps]
+    start = jr.normal(key, flat.shape, dtype)
+    _, projection = arnoldi(flat_product, start, num_steps)
+    return lax.stop_gradient(_radius(projection))
 
 
 # The power 2**24 makes of the constant in `norm(H^k) <= C rho^k`, below 1e6 for any

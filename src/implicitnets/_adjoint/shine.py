@@ -30,9 +30,18 @@ class ShineAdjoint(AbstractReportingAdjoint):
     better in a second derivative than in a first.
 
     **Bias:** that of the estimate, which is accurate along the few directions in which
-    the forward solve has moved, and the identity elsewhere: about that of
-    [`implicitnets.JacobianFreeAdjoint`][] for a cotangent that has nothing to do with
-    them. Every step of refinement lessens the residual.
+    the forward solve has moved and the identity elsewhere, as it is everywhere in
+    [`implicitnets.JacobianFreeAdjoint`][]. Every step of refinement lessens the
+    residual. Relative errors with 10 remembered steps, for random maps of size 50 at a
+    spectral radius of 0.99, and that of the Jacobian-free gradient:
+
+    | map | 0 | 1 | 2 | 4 | Jacobian-free |
+    |---|---|---|---|---|---|
+    | linear, symmetric | 0.57 | 0.85 | 0.37 | 0.10 | 0.99 |
+    | `tanh`, nonsymmetric | 0.89 | 0.73 | 0.61 | 0.32 | 0.92 |
+
+    (A first step that scales the estimate down may add to the error; the cosine to the
+    exact gradient grows with every step, 0.83, 0.87, 0.99 and 0.998 in the first row.)
 
     **Memory:** one evaluation of the function and the forward solve's history (two
     states for each of its `history_size` steps), and `refinement_steps + 2` states if

@@ -173,7 +173,7 @@ def inverse_jacobian(state: BroydenState) -> InverseJacobian:
     # From the order of the updates to that of the ring buffers. Not by `num_steps`,
     # which goes on counting after an example has finished.
     shift = (state.progress.num_evaluations - 1) % size
-    core = jnp.roll(core, (shift, shift), axis=(0, 1))
+    core = jnp.roll(jnp.roll(core, shift, axis=0), shift, axis=1)
     return InverseJacobian(q=memory.q, w=memory.w, core=core)
 
 

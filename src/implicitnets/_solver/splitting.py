@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
 from .._convolution import fast_convolutions
-from .._lanczos import leading_eigenvector, starting_vector
+from .._krylov import leading_eigenvector, starting_vector
 from .._loop import materialise, Unfrozen
 from .._misc import (
     check_hyperparameter,

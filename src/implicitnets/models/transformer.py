@@ -275,7 +275,7 @@ class AdaptiveEmbedding(eqx.Module):
     """
 
     tables: tuple[Float[Array, "token feature"], ...]
-    projections: tuple[eqx.nn.Linear | eqx.nn.Identity, ...]
+    projections: tuple[eqx.nn.Linear, ...]
     starts: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
@@ -286,15 +286,16 @@ class AdaptiveEmbedding(eqx.Module):
             table_key, projection_key = jr.split(jr.fold_in(key, i))
             width = config.width // 4**i
             tables.append(0.01 * jr.normal(table_key, (end - start, width)))
-            projections.append(
-                _linear(width, config.width, key=projection_key)
-                if config.cutoffs
-                else eqx.nn.Identity()
-            )
-        self.tables, self.projections = tuple(tables), tuple(projections)
+            projections.append(_linear(width, config.width, key=projection_key))
+        self.tables = tuple(tables)
+        # A single table is as wide as the state.
+        self.projections = tuple(projections) if config.cutoffs else ()
 
     def __call__(self, token: Int[Array, ""]) -> Float[Array, " width"]:
         """The embedding of a token."""
+        if not self.projections:
+            (table,) = self.tables
+            return math.sqrt(table.shape[1]) * table[token]
         embeddings = []
         for start, table, projection in zip(
             self.starts, self.tables, self.projections, strict=True

@@ -9,7 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, ScalarLike
 
 from .._convolution import fast_convolutions
-from .._lanczos import leading_eigenvector, starting_vector
+from .._krylov import leading_eigenvector, starting_vector
 from .._misc import check_hyperparameter, working_dtype
 from .._parametrise import (
     AbstractParametrisation,

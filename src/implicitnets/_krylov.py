@@ -14,26 +14,25 @@ _EXACT = lax.Precision.HIGHEST
 _NUM_SQUARINGS = 16
 
 
-def leading_eigenvector(
+def arnoldi(
     product: Callable[[Float[Array, " n"]], Float[Array, " n"]],
     start: Float[Array, " n"],
     num_steps: int,
-) -> Float[Array, " n"]:
-    """An eigenvector for the largest eigenvalue of a positive semidefinite matrix.
+) -> tuple[Float[Array, "steps n"], Float[Array, "steps steps"]]:
+    """The projection of a linear map on the Krylov space of a vector.
 
-    Lanczos' method with full reorthogonalisation, whose error falls with the square of
-    the number of steps where that of power iteration falls with the number. The small
-    eigenproblem is solved by repeated squaring: arithmetic, which exports.
+    Arnoldi's method with reorthogonalisation, which for a symmetric map is Lanczos'.
 
     **Arguments:**
 
     - `product`: the product with the matrix.
-    - `start`: any vector with a part in the eigenspace; of single or double precision.
-    - `num_steps`: how many products.
+    - `start`: the vector; of single or double precision.
+    - `num_steps`: how many products; no more than there are dimensions are made.
 
     **Returns:**
 
-    A vector of length one, or zero for a matrix that is zero. Not to be differentiated.
+    An orthonormal basis of the space, and the map's matrix in it. Where the space is
+    exhausted early, both have zeros.
     """
     num_steps = min(num_steps, start.size)
     dtype = start.dtype
@@ -57,8 +56,33 @@ def leading_eigenvector(
     basis = jnp.zeros((num_steps + 1, start.size), dtype).at[0].set(first)
     projection = jnp.zeros((num_steps + 1, num_steps), dtype)
     basis, projection = lax.fori_loop(0, num_steps, step, (basis, projection))
+    return basis[:num_steps], projection[:num_steps]
 
-    power = projection[:num_steps] + projection[:num_steps].T
+
+def leading_eigenvector(
+    product: Callable[[Float[Array, " n"]], Float[Array, " n"]],
+    start: Float[Array, " n"],
+    num_steps: int,
+) -> Float[Array, " n"]:
+    """An eigenvector for the largest eigenvalue of a positive semidefinite matrix.
+
+    Lanczos' method with full reorthogonalisation, whose error falls with the square of
+    the number of steps where that of power iteration falls with the number. The small
+    eigenproblem is solved by repeated squaring: arithmetic, which exports.
+
+    **Arguments:**
+
+    - `product`: the product with the matrix.
+    - `start`: any vector with a part in the eigenspace; of single or double precision.
+    - `num_steps`: how many products.
+
+    **Returns:**
+
+    A vector of length one, or zero for a matrix that is zero. Not to be differentiated.
+    """
+    dtype = start.dtype
+    basis, projection = arnoldi(product, start, num_steps)
+    power = projection + projection.T
 
     def square(_, power):
         power, _ = _normalise(power, jnp.zeros((), dtype))
@@ -66,7 +90,7 @@ def leading_eigenvector(
 
     power = lax.fori_loop(0, _NUM_SQUARINGS, square, power)
     parts = power[jnp.argmax(jnp.diagonal(power))]
-    vector = jnp.matmul(parts, basis[:num_steps], precision=_EXACT)
+    vector = jnp.matmul(parts, basis, precision=_EXACT)
     return _normalise(vector, jnp.zeros((), dtype))[0]
 
 

@@ -1,0 +1,111 @@
+"""Which linear solver should the implicit adjoint have?
+
+Jacobian products, time of the backward pass and error of the gradient for every linear
+solver, each to a relative tolerance of 1e-4, on maps of the spectral radii that occur:
+the table in the docstring of `ImplicitAdjoint` is this one.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optimistix as optx
+import tyro
+from gradients import prepare, TOLERANCE
+from measure import bar_figure, print_table, progress, Row, save, Settings, time_calls
+from methods import Method, products_program
+from problems import dense_tanh, linear, Problem, reference, resnet
+
+import implicitnets as inn
+
+
+RTOL = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """Compare linear solvers for the backward pass."""
+
+    batch: int = 32
+    """How many examples to solve."""
+
+
+def problems() -> list[Problem]:
+    """From easy to hard: random and symmetric matrices, and a network's cell."""
+    return [
+        dense_tanh(0.5),
+        dense_tanh(0.9),
+        dense_tanh(0.99),
+        linear(0.95, size=256, batch=32),
+        linear(0.99, size=256, batch=32),
+        resnet(),
+        linear(1.2, batch=32),
+    ]
+
+
+def linear_solvers() -> dict[str, lx.AbstractLinearSolver]:
+    """Lineax solvers, to one tolerance."""
+
+    def by_iteration(solver):
+        return inn.FixedPointLinearSolver(solver, max_steps=1000)
+
+    solvers: dict[str, lx.AbstractLinearSolver] = {
+        f"GivensGMRES, restart {restart}": inn.GivensGMRES(RTOL, 0.0, restart=restart)
+        for restart in (10, 20, 30)
+    }
+    solvers["Anderson"] = by_iteration(inn.AndersonAcceleration(RTOL, 0.0))
+    solvers["plain iteration"] = by_iteration(
+        optx.FixedPointIteration(0.0, RTOL, norm=optx.two_norm)
+    )
+    solvers["lx.GMRES"] = lx.GMRES(RTOL, RTOL)
+    return solvers
+
+
+def compare(config: Config, problem: Problem) -> list[Row]:
+    """Every linear solver on one problem."""
+    problem = dataclasses.replace(
+        problem,
+        inputs=problem.inputs[: config.batch],
+        cotangent=problem.cotangent[: config.batch],
+    )
+    ref = reference(problem)
+    arguments = jax.tree.map(jnp.asarray, (problem.weights, problem.inputs))
+    z, cotangent = jnp.asarray(ref.z_star, jnp.float32), jnp.asarray(problem.cotangent)
+    rows, calls = [], {}
+    for name, solver in progress(linear_solvers().items(), problem.name):
+        forward = inn.NewtonKrylov(TOLERANCE, 0.0)
+        method = Method(name, forward, adjoint=inn.ImplicitAdjoint(solver))
+        row, calls[name] = prepare(ref, method)
+        row["linear solver"] = row.pop("adjoint")
+        if not isinstance(solver, lx.GMRES):
+            counted = dataclasses.replace(method, linear_solver=solver)
+            products = jax.jit(products_program(problem, counted))
+            row["products"] = int(np.max(products(*arguments, z, cotangent)))
+        rows.append(row)
+    seconds = time_calls(calls, config.repeats, f"{problem.name}, timing")
+    return [
+        {**row, "backward (ms)": 1e3 * seconds[row["linear solver"]]} for row in rows
+    ]
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    rows = []
+    for problem in problems():
+        new_rows = compare(config, problem)
+        print_table(problem.name, new_rows)
+        rows += new_rows
+    figure = bar_figure(
+        rows,
+        panel="problem",
+        label="linear solver",
+        values=["backward (ms)"],
+        unit="ms",
+    )
+    save(config, "linear_solvers", {"rows": rows}, figure)
+
+
+if __name__ == "__main__":
+    main()

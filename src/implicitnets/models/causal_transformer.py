@@ -1,0 +1,141 @@
+import dataclasses
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optimistix as optx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._adjoint.implicit import ImplicitAdjoint
+from .._deq import _Solver, AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
+from .._solver.broyden import Broyden
+from ..nn import VariationalDropout
+from ._model import AbstractModel
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalTransformerConfig:
+    """The sizes of a [`implicitnets.models.CausalTransformerDEQ`][].
+
+    The defaults are those of deq-jax.
+
+    **Arguments:**
+
+    - `vocab_size`: the number of tokens.
+    - `length`: the greatest number of positions.
+    - `width`: of the state at each position.
+    - `num_heads`: of the attention.
+    - `dropout`: the probability with which entries are dropped.
+    """
+
+    vocab_size: int = 32_000
+    length: int = 128
+    width: int = 256
+    num_heads: int = 4
+    dropout: float = 0.1
+
+
+class CausalTransformerCell(eqx.Module):
+    """One layer of a transformer that adds its input to its state first.
+
+    **Arguments:**
+
+    - `config`: the sizes.
+    - `key`: for the weights. Keyword only argument.
+    """
+
+    attention_norm: eqx.nn.LayerNorm
+    attention: eqx.nn.MultiheadAttention
+    feed_forward_norm: eqx.nn.LayerNorm
+    feed_forward: eqx.nn.MLP
+    out_norm: eqx.nn.LayerNorm
+    dropout: VariationalDropout
+
+    def __init__(self, config: CausalTransformerConfig, *, key: PRNGKeyArray):
+        attention_key, feed_forward_key = jr.split(key)
+        width = config.width
+        self.attention_norm = eqx.nn.LayerNorm(width)
+        self.attention = eqx.nn.MultiheadAttention(
+            config.num_heads, width, key=attention_key
+        )
+        self.feed_forward_norm = eqx.nn.LayerNorm(width)
+        self.feed_forward = eqx.nn.MLP(
+            width, width, 4 * width, 1, activation=jax.nn.gelu, key=feed_forward_key
+        )
+        self.out_norm = eqx.nn.LayerNorm(width)
+        self.dropout = VariationalDropout(config.dropout)
+
+    def __call__(
+        self,
+        z: Float[Array, "position width"],
+        x: Float[Array, "position width"],
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "position width"]:
+        """The next state."""
+        attention_key, feed_forward_key = (None, None) if key is None else jr.split(key)
+        length = z.shape[0]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        z = z + x
+        y = jax.vmap(self.attention_norm)(z)
+        y = self.attention(y, y, y, mask=causal)
+        z = z + self.dropout(y, key=attention_key)
+        y = jax.vmap(self.feed_forward_norm)(z)
+        y = jax.vmap(self.feed_forward)(y)
+        z = z + self.dropout(y, key=feed_forward_key)
+        return jax.vmap(self.out_norm)(z)
+
+
+class CausalTransformerDEQ(AbstractModel):
+    """A small language model: a transformer layer at equilibrium, without a memory.
+
+    For the full model see [`implicitnets.models.DEQTransformer`][]. Has no statistics,
+    so its `state` is empty: the logits of a sequence are those of the token after each
+    position. The model of the deq-jax library.
+
+    **Arguments:**
+
+    - `config`: the sizes.
+    - `solver`, `adjoint`, `max_steps`: as [`implicitnets.DeepEquilibriumNetwork`][].
+    - `key`: for the weights. Keyword only argument.
+    """
+
+    embedding: eqx.nn.Embedding
+    positions: Float[Array, "position width"]
+    deq: AbstractDeepEquilibriumNetwork
+    head: eqx.nn.Linear
+
+    def __init__(
+        self,
+        config: CausalTransformerConfig,
+        solver: _Solver | dfx.AbstractSolver = Broyden(rtol=1e-3, atol=1e-6),
+        *,
+        adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
+        max_steps: int = 30,
+        key: PRNGKeyArray,
+    ):
+        embedding_key, position_key, cell_key, head_key = jr.split(key, 4)
+        width = config.width
+        embeddings, self.positions = (
+            0.02 * jr.truncated_normal(key, -2, 2, (size, width))
+            for size, key in (
+                (config.vocab_size, embedding_key),
+                (config.length, position_key),
+            )
+        )
+        self.embedding = eqx.nn.Embedding(weight=embeddings)
+        self.deq = DeepEquilibriumNetwork(
+            CausalTransformerCell(config, key=cell_key),
+            solver,
+            adjoint=adjoint,
+            max_steps=max_steps,
+        )
+        self.head = eqx.nn.Linear(width, config.vocab_size, key=head_key)
+
+    def inject(self, x, state):
+        return jax.vmap(self.embedding)(x) + self.positions[: x.shape[0]], state
+
+    def read_out(self, z, state):
+        return jax.vmap(self.head)(z), state
