@@ -91,7 +91,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _named(arrays: PyTree) -> tuple[dict[str, jax.Array], jtu.PyTreeDef]:
+def _named(arrays: PyTree) -> tuple[dict[str, jax.Array], Any]:
     paths, treedef = jtu.tree_flatten_with_path(arrays)
     return {jtu.keystr(path): leaf for path, leaf in paths}, treedef
 

@@ -208,23 +208,20 @@ class Data:
 
     def facts(self) -> dict[str, Any]:
         """What tells one set of data from another."""
-        arrays = (
-            [sample.tokens]
-            if isinstance(sample, Text)
-            else [sample.inputs, sample.targets]
-            for sample in (self.train, self.test)
-        )
+        checksum = 0
+        for sample in (self.train, self.test):
+            arrays = (
+                [sample.tokens]
+                if isinstance(sample, Text)
+                else [sample.inputs, sample.targets]
+            )
+            for array in arrays:
+                checksum = zlib.crc32(array.tobytes(), checksum)
         return {
             "train_size": len(self.train),
             "test_size": len(self.test),
             "num_classes": self.num_classes,
-            "checksum": ft.reduce(
-                lambda checksum, array: zlib.crc32(
-                    np.ascontiguousarray(array), checksum
-                ),
-                sum(arrays, start=[]),
-                0,
-            ),
+            "checksum": checksum,
         }
 
 
@@ -549,7 +546,8 @@ def _read_image(
         with Image.open(path) as image:
             image = image.convert(mode) if mode else image
             if size is not None:
-                image = image.resize(size[::-1], resampling)
+                height, width = size
+                image = image.resize((width, height), resampling)
             return np.asarray(image)
     # Pillow raises a `SyntaxError` for some broken files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

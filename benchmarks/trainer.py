@@ -255,7 +255,9 @@ def jacobian_penalty(
     return inn.sometimes(options.jacobian_probability, penalty, key=key)
 
 
-def jacobian_schedule(options: JacobianOptions, plan: Plan) -> optax.Schedule:
+def jacobian_schedule(
+    options: JacobianOptions, plan: Plan
+) -> Callable[[ScalarLike], Scalar]:
     """The weight of the penalty on the Jacobian at every step."""
     begin, never = plan.pretraining_steps, plan.total_steps + 1
     growing = inn.growing_weight(
@@ -268,6 +270,7 @@ def jacobian_schedule(options: JacobianOptions, plan: Plan) -> optax.Schedule:
     end = never if last_epoch is None else last_epoch * plan.steps_per_epoch
 
     def schedule(step: ScalarLike) -> Scalar:
+        step = jnp.asarray(step)
         before = options.jacobian_pretraining_weight
         weight = jnp.where(step < begin, before, growing(step))
         return jnp.where(step < end, weight, 0.0)
@@ -452,7 +455,7 @@ class Trainer:
             self.compile_seconds += time.perf_counter() - start
         return self._compiled[name](*args)
 
-    def _put_batch(self, batch: Batch) -> tuple[Array, Array]:
+    def _put_batch(self, batch: Batch) -> Any:
         return self.placement.put(batch, self.placement.split)
 
 
@@ -461,8 +464,10 @@ def means(metrics: Sequence[Metrics]) -> dict[str, float]:
 
     def mean(name):
         batches = [jax.device_get(batch[name]) for batch in metrics]
-        total = np.sum([mean.total for mean in batches], axis=0, dtype=np.float64)
-        weight = np.sum([mean.weight for mean in batches], axis=0, dtype=np.float64)
+        total, weight = (
+            np.ravel(np.sum(np.stack(sums), axis=0, dtype=np.float64))
+            for sums in zip(*((mean.total, mean.weight) for mean in batches))
+        )
         present = weight > 0
         return float(np.mean(total[present] / weight[present]))
 
@@ -542,7 +547,7 @@ def train(config: Config, data: Data) -> TrainState:
             window = []
             record = {"step": done, "epoch": done / plan.steps_per_epoch}
             record |= {f"train_{name}": value for name, value in found.items()}
-            record["learning_rate"] = float(trainer.schedule(step))
+            record["learning_rate"] = float(np.asarray(trainer.schedule(step)))
             if tests:
                 found = trainer.test(state)
                 record |= {f"test_{name}": value for name, value in found.items()}

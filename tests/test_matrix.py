@@ -15,7 +15,7 @@ import optimistix as optx
 import pytest
 
 import implicitnets as inn
-from implicitnets._multiscale import (
+from implicitnets import (
     MultiScaleDeepEquilibriumNetwork,
     SkipMultiScaleDeepEquilibriumNetwork,
 )

@@ -10,7 +10,7 @@ import optimistix as optx
 import pytest
 
 import implicitnets as inn
-from implicitnets._multiscale import (
+from implicitnets import (
     MultiScaleCell,
     MultiScaleDeepEquilibriumNetwork,
     SkipMultiScaleDeepEquilibriumNetwork,

@@ -9,8 +9,11 @@ import optimistix as optx
 import pytest
 
 import implicitnets as inn
-from implicitnets._multiscale import MultiScaleDeepEquilibriumNetwork
-from implicitnets._neural_ode import MultiScaleNeuralODE, NeuralODE
+from implicitnets import (
+    MultiScaleDeepEquilibriumNetwork,
+    MultiScaleNeuralODE,
+    NeuralODE,
+)
 
 from .helpers import (
     dense_cell,

@@ -302,8 +302,8 @@ def test_optimisers_descend_and_decay(name):
     point = jnp.ones(2)
     for gradient in (jnp.full(2, 1e6), jnp.zeros(2)):
         updates, _ = optimiser.update(gradient, optimiser.init(point), point)
-        assert (np.asarray(updates) < 0).all()
-        assert np.abs(updates).max() < 0.3
+        updates = np.asarray(updates)
+        assert (updates < 0).all() and (updates > -0.3).all()
 
 
 def test_jacobian_schedule():
@@ -334,12 +334,15 @@ TEXT = Text(np.arange(30, dtype=np.int32) % 3, length=4)
 MDEQ = MDEQOptions((2, 2), (1, 1), 4, num_downsamples=1, expansion=1, groups=2)
 # Of the solvers and adjoints, the quickest to compile.
 QUICK = EquilibriumOptions("fixed-point", max_steps=4, adjoint="jacobian-free")
+# No solver at all.
+UNROLLED = TrainingOptions(
+    pretraining_epochs=9, pretraining_depth=1, batch_size=2, spectral_examples=0
+)
 
 
 def test_batch_normalisation():
-    options = TrainingOptions(batch_size=2, spectral_examples=0)
     model = ResNetOptions(channels=2, inner_channels=2, groups=2)
-    config = Config(model, equilibrium=QUICK, training=options)
+    config = Config(model, training=UNROLLED)
     trainer = Trainer(config, image_data(8, 1, 3, False))
     start = trainer.start()
     state, metrics = trainer.train_step(start, 0)
@@ -366,8 +369,7 @@ def test_memory_of_text():
     model = TransformerOptions(
         width=4, num_heads=1, head_width=4, inner_width=4, memory_length=5, dropout=0.0
     )
-    options = TrainingOptions(batch_size=2, spectral_examples=0)
-    config = Config(model, equilibrium=QUICK, training=options)
+    config = Config(model, training=UNROLLED)
     trainer = Trainer(config, Data(TEXT, TEXT, 3))
     state = trainer.start()
     for step, num_positions in enumerate((4, 5, 5, 4)):
