@@ -56,7 +56,11 @@ class Config(Settings):
 
 
 def methods() -> list[Method]:
-    """Every adjoint; all solve with Broyden's method, whose inverse SHINE needs."""
+    """Every adjoint.
+
+    All solve with Broyden's method, whose inverse SHINE needs, but for the reversible
+    one, which has a solver of its own.
+    """
     exact = inn.ImplicitAdjoint(inn.GivensGMRES(rtol=1e-4, atol=0.0))
     adjoints = {
         "implicit": exact,
@@ -73,6 +77,9 @@ def methods() -> list[Method]:
         adjoints[f"SHINE, {number} refinements"] = inn.ShineAdjoint(number)
     solver = inn.Broyden(TOLERANCE, 0.0)
     rows = [Method(name, solver, adjoint=adjoint) for name, adjoint in adjoints.items()]
+    reversible = inn.ReversibleFixedPoint(TOLERANCE, 0.0, damping=0.5)
+    adjoint = inn.ReversibleAdjoint()
+    rows.append(Method("reversible", reversible, adjoint=adjoint, max_steps=12))
     unrolled = optx.RecursiveCheckpointAdjoint()
     rows.append(Method("unrolled", solver, adjoint=unrolled, max_steps=300))
     return rows

@@ -23,7 +23,10 @@ TIGHT = inn.GivensGMRES(rtol=tolerance(1e-6, 1e-12), atol=0.0)
 
 SOLVERS = {
     "anderson": inn.AndersonAcceleration(TOL, TOL),
+    "fixed_point_iteration": optx.FixedPointIteration(TOL, TOL),
     "newton": optx.Newton(TOL, TOL),
+    "chord": optx.Chord(TOL, TOL),
+    "newton_krylov": inn.NewtonKrylov(TOL, TOL),
     "broyden": inn.Broyden(TOL, TOL, history_size=5),
     "steady_state": inn.SteadyState(dfx.Euler(), TOL, TOL),
 }

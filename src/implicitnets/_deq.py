@@ -1,22 +1,21 @@
 import abc
-import inspect
 from collections.abc import Callable
 from typing import Any, get_args, TypeAlias, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
 import equinox.internal as eqxi
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from ._adjoint.detach import detach
 from ._adjoint.implicit import ImplicitAdjoint
 from ._adjoint.report import AdjointReport, with_probe
-from ._convolution import fast_convolutions
-from ._misc import check_hyperparameter, tree_all_finite
+from ._cell import call_cell, cell_residual, check_state
+from ._misc import check_hyperparameter, keyword, tree_all_finite
 from ._parametrise import resolve
 from ._solution import EquilibriumSolution
 from ._solver.anderson import AndersonAcceleration
@@ -27,21 +26,31 @@ from ._solver.steady_state import SteadyState
 _Model = TypeVar("_Model", bound=PyTree)
 
 _Minimising: TypeAlias = optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser
-_Solver: TypeAlias = (
+Solver: TypeAlias = (
     optx.AbstractFixedPointSolver | optx.AbstractRootFinder | _Minimising
 )
 
 
-def _keyword(default):
-    return eqx.field(default=default, kw_only=True)
+def as_solver(solver: Any) -> Solver:
+    """What a layer is given as its solver, as an Optimistix solver.
 
+    **Arguments:**
 
-def _as_solver(solver: Any) -> _Solver:
+    - `solver`: anything.
+
+    **Returns:**
+
+    The solver, or [`implicitnets.SteadyState`][] of an ODE solver.
+
+    **Raises:**
+
+    `TypeError` for anything else.
+    """
     if isinstance(solver, dfx.AbstractSolver):
         return SteadyState(solver)
-    if isinstance(solver, _Solver):
+    if isinstance(solver, Solver):
         return solver
-    accepted = "`, `optimistix.".join(kind.__name__ for kind in get_args(_Solver))
+    accepted = "`, `optimistix.".join(kind.__name__ for kind in get_args(Solver))
     raise TypeError(
         f"`solver` must be an instance of `optimistix.{accepted}` or "
         f"`diffrax.AbstractSolver`; got {solver!r}."
@@ -62,7 +71,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
     """
 
     cell: eqx.AbstractVar[Callable]
-    solver: eqx.AbstractVar[_Solver]
+    solver: eqx.AbstractVar[Solver]
     adjoint: eqx.AbstractVar[optx.AbstractAdjoint]
     max_steps: eqx.AbstractVar[int]
     throw: eqx.AbstractVar[bool]
@@ -135,7 +144,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
 
         The cell's value, of the structure of the state.
         """
-        return _call_cell(z, (resolve(self.cell), x, key))
+        return call_cell(z, (resolve(self.cell), x, key))
 
     def solve(
         self,
@@ -173,12 +182,12 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         z0 = self.start(x, key=key) if z0 is None else z0
         z0 = jtu.tree_map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), z0)
         arguments = (self.cell, x, key)
-        _check_state(z0, eqx.filter_eval_shape(_call_cell, z0, arguments))
+        check_state(z0, arguments)
         if self.fixed_depth == 0:
             z_star, result, stats = self._find(z0, arguments, probe)
         else:
             z_star, result, stats = self._unroll(z0, arguments)
-        residual = lax.stop_gradient(_residual(z_star, arguments))
+        residual = lax.stop_gradient(cell_residual(z_star, arguments))
         result = _judge(result, z0, z_star, residual, arguments)
         if self.throw:
             z_star = result.error_if(z_star, result != optx.RESULTS.successful)
@@ -191,7 +200,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         if isinstance(self.solver, _Minimising):
             adjoint = _ResidualAdjoint(adjoint)
         solution = optx.fixed_point(
-            _call_cell,
+            call_cell,
             self.solver,
             z0,
             arguments,
@@ -204,7 +213,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
 
     def _unroll(self, z0, arguments):
         z_star, _ = lax.scan(
-            lambda z, _: (_call_cell(z, arguments), None),
+            lambda z, _: (call_cell(z, arguments), None),
             z0,
             None,
             length=self.fixed_depth,
@@ -250,14 +259,14 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     """
 
     cell: Callable
-    solver: _Solver = eqx.field(
-        default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=_as_solver
+    solver: Solver = eqx.field(
+        default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=as_solver
     )
-    init: Callable[[Any], PyTree[Array]] | None = _keyword(None)
-    adjoint: optx.AbstractAdjoint = _keyword(ImplicitAdjoint())
-    max_steps: int = _keyword(256)
-    throw: bool = _keyword(False)
-    fixed_depth: int = _keyword(0)
+    init: Callable[[Any], PyTree[Array]] | None = keyword(None)
+    adjoint: optx.AbstractAdjoint = keyword(ImplicitAdjoint())
+    max_steps: int = keyword(256)
+    throw: bool = keyword(False)
+    fixed_depth: int = keyword(0)
 
     def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
         """`init(x)`, or zeros like `x`."""
@@ -291,20 +300,20 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     """
 
     cell: Callable
-    solver: _Solver = eqx.field(
-        default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=_as_solver
+    solver: Solver = eqx.field(
+        default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=as_solver
     )
-    init: Callable[[Any], PyTree[Array]] | None = _keyword(None)
-    adjoint: optx.AbstractAdjoint = _keyword(ImplicitAdjoint())
-    max_steps: int = _keyword(256)
-    throw: bool = _keyword(False)
-    fixed_depth: int = _keyword(0)
+    init: Callable[[Any], PyTree[Array]] | None = keyword(None)
+    adjoint: optx.AbstractAdjoint = keyword(ImplicitAdjoint())
+    max_steps: int = keyword(256)
+    throw: bool = keyword(False)
+    fixed_depth: int = keyword(0)
 
     def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
         """`init(x)`, or `cell(0, x)`."""
         if self.init is None:
             zeros = jtu.tree_map(jnp.zeros_like, x)
-            return _call_cell(zeros, (resolve(self.cell), x, key))
+            return call_cell(zeros, (resolve(self.cell), x, key))
         return self.init(x)
 
 
@@ -352,26 +361,6 @@ def set_fixed_depth(model: _Model, depth: int) -> _Model:
     )
 
 
-# A module-level function, so that a solve outside `jit` is compiled once and not at
-# every call.
-def _call_cell(z, arguments):
-    cell, x, key = arguments
-    if key is None or not _takes_key(cell):
-        return fast_convolutions(cell)(z, x)
-    return fast_convolutions(lambda z, x: cell(z, x, key=key))(z, x)
-
-
-def _takes_key(cell: Callable) -> bool:
-    try:
-        return "key" in inspect.signature(cell).parameters
-    except ValueError:  # Built-in functions may have no signature.
-        return False
-
-
-def _residual(z, arguments):
-    return jtu.tree_map(jnp.subtract, _call_cell(z, arguments), z)
-
-
 class _ResidualAdjoint(optx.AbstractAdjoint):
     """Differentiates a minimisation of the residual as the root that it finds.
 
@@ -388,32 +377,7 @@ class _ResidualAdjoint(optx.AbstractAdjoint):
 
 def _rewrite_residual(z_star, _, inputs):
     _, _, _, arguments, *_ = inputs
-    return _residual(z_star, arguments)
-
-
-def _check_state(z: PyTree[Array], new_z: PyTree[jax.ShapeDtypeStruct]) -> None:
-    for leaf in jtu.tree_leaves(z):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                "The state `z` must consist of real floating-point arrays; got an "
-                f"array of dtype {leaf.dtype}. Split complex numbers into real and "
-                "imaginary parts, and give the start of the state by `init` or `z0` if "
-                "the input `x` has other leaves."
-            )
-    z_struct = jax.eval_shape(lambda: z)
-    if _strip(z_struct) != _strip(new_z):
-        raise ValueError(
-            "`cell(z, x)` must return the structure, shapes and dtypes of `z`. Got `z` "
-            f"of structure {eqx.tree_pformat(z_struct, struct_as_array=True)} and "
-            "`cell(z, x)` of structure "
-            f"{eqx.tree_pformat(new_z, struct_as_array=True)}. The state starts as "
-            "zeros like `x` unless `init` or `z0` says otherwise."
-        )
-
-
-def _strip(structure):
-    leaves, treedef = jtu.tree_flatten(structure)
-    return treedef, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    return cell_residual(z_star, arguments)
 
 
 def _judge(result, z0, z_star, residual, arguments):
@@ -422,14 +386,11 @@ def _judge(result, z0, z_star, residual, arguments):
     Optimistix checks the iterate before the last step, and for divergence only some of
     its solvers do (`optimistix/_iterate.py`, version 0.1.0).
     """
-    z0, z_star, arguments = jtu.tree_map(
-        lambda leaf: lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf,
-        (z0, z_star, arguments),
-    )
+    z0, z_star, arguments = detach((z0, z_star, arguments))
     failed = result != optx.RESULTS.successful
 
     def start_norm():
-        f0 = _call_cell(z0, arguments)
+        f0 = call_cell(z0, arguments)
         residual0 = jtu.tree_map(jnp.subtract, f0, z0)
         return jnp.maximum(optx.two_norm(residual0), optx.two_norm(f0))
 

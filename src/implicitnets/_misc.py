@@ -1,5 +1,6 @@
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -88,6 +89,20 @@ def tree_all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     A boolean scalar.
     """
     return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(tree)]).all()
+
+
+def keyword(default: Any) -> Any:
+    """A keyword-only field of a module.
+
+    **Arguments:**
+
+    - `default`: its default.
+
+    **Returns:**
+
+    The field.
+    """
+    return eqx.field(default=default, kw_only=True)
 
 
 def check_hyperparameter(owner: Any, name: str, valid: bool, allowed: str) -> None:

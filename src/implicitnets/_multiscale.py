@@ -13,11 +13,11 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._adjoint.implicit import ImplicitAdjoint
+from ._cell import takes_key
 from ._deq import (
-    _as_solver,
-    _Solver,
-    _takes_key,
     AbstractDeepEquilibriumNetwork,
+    as_solver,
+    Solver,
 )
 from ._solver.anderson import AndersonAcceleration
 
@@ -104,7 +104,7 @@ class MultiScaleCell(eqx.Module):
 
         def call(layer, *args):
             key = next(keys)
-            if key is None or not _takes_key(layer):
+            if key is None or not takes_key(layer):
                 return layer(*args)
             return layer(*args, key=key)
 
@@ -192,7 +192,7 @@ class MultiScaleDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     """
 
     cell: Callable
-    solver: _Solver
+    solver: Solver
     state_shapes: Shapes = eqx.field(static=True)
     init: Start | None
     adjoint: optx.AbstractAdjoint
@@ -205,7 +205,7 @@ class MultiScaleDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
         main_layers: Iterable[Callable],
         mapping_layers: Iterable[Iterable[Callable]],
         post_fuse_layers: Iterable[Callable] | None = None,
-        solver: _Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
+        solver: Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
         *,
         state_shapes: Iterable[Iterable[int]],
         init: Start | Iterable[Callable] | None = None,
@@ -216,7 +216,7 @@ class MultiScaleDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     ):
         cell = MultiScaleCell(main_layers, mapping_layers, post_fuse_layers)
         self.cell = cell
-        self.solver = _as_solver(solver)
+        self.solver = as_solver(solver)
         self.state_shapes = as_shapes(state_shapes, cell)
         self.init = as_start(init)
         self.adjoint = adjoint
@@ -252,7 +252,7 @@ class SkipMultiScaleDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     """
 
     cell: Callable
-    solver: _Solver
+    solver: Solver
     state_shapes: Shapes = eqx.field(static=True)
     init: Start | None
     adjoint: optx.AbstractAdjoint
@@ -265,7 +265,7 @@ class SkipMultiScaleDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
         main_layers: Iterable[Callable],
         mapping_layers: Iterable[Iterable[Callable]],
         post_fuse_layers: Iterable[Callable] | None = None,
-        solver: _Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
+        solver: Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
         *,
         state_shapes: Iterable[Iterable[int]],
         init: Start | Iterable[Callable] | None = None,
@@ -276,7 +276,7 @@ class SkipMultiScaleDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     ):
         cell = MultiScaleCell(main_layers, mapping_layers, post_fuse_layers)
         self.cell = cell
-        self.solver = _as_solver(solver)
+        self.solver = as_solver(solver)
         self.state_shapes = as_shapes(state_shapes, cell)
         self.init = as_start(init)
         self.adjoint = adjoint

@@ -10,9 +10,10 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree, ScalarLike
 
-from ._deq import _call_cell, _check_state, _keyword, _residual
+from ._cell import cell_residual, check_state
 from ._misc import (
     check_hyperparameter,
+    keyword,
     tree_all_finite,
     tree_astype,
     working_dtype,
@@ -128,13 +129,13 @@ class AbstractNeuralODE(eqx.Module):
         z0 = self.start(x, key=key) if z0 is None else z0
         z0 = jtu.tree_map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), z0)
         arguments = (self.cell, x, key)
-        _check_state(z0, eqx.filter_eval_shape(_call_cell, z0, arguments))
+        check_state(z0, arguments)
         dtype = working_dtype(z0)
         like = eqx.filter_eval_shape(lambda: z0)
 
         def vector_field(t, z, arguments):
             del t
-            return tree_astype(_residual(_cast_like(z, like), arguments), dtype)
+            return tree_astype(cell_residual(_cast_like(z, like), arguments), dtype)
 
         solution = dfx.diffeqsolve(
             dfx.ODETerm(vector_field),
@@ -154,7 +155,7 @@ class AbstractNeuralODE(eqx.Module):
         return EquilibriumSolution(
             z_star=z1,
             z0=z0,
-            residual=lax.stop_gradient(_residual(z1, arguments)),
+            residual=lax.stop_gradient(cell_residual(z1, arguments)),
             result=_as_result(solution.result, z1),
             stats=self._stats(solution.stats),
         )
@@ -198,13 +199,13 @@ class NeuralODE(AbstractNeuralODE):
 
     cell: Callable
     solver: dfx.AbstractSolver = dfx.Tsit5()
-    t1: ScalarLike = _keyword(1.0)
-    init: Callable[[Any], PyTree[Array]] | None = _keyword(None)
-    dt0: ScalarLike = _keyword(0.1)
-    stepsize_controller: dfx.AbstractStepSizeController = _keyword(_CONTROLLER)
-    adjoint: dfx.AbstractAdjoint = _keyword(dfx.RecursiveCheckpointAdjoint())
-    max_steps: int = _keyword(256)
-    throw: bool = _keyword(False)
+    t1: ScalarLike = keyword(1.0)
+    init: Callable[[Any], PyTree[Array]] | None = keyword(None)
+    dt0: ScalarLike = keyword(0.1)
+    stepsize_controller: dfx.AbstractStepSizeController = keyword(_CONTROLLER)
+    adjoint: dfx.AbstractAdjoint = keyword(dfx.RecursiveCheckpointAdjoint())
+    max_steps: int = keyword(256)
+    throw: bool = keyword(False)
 
     def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
         """`init(x)`, or zeros like `x`."""

@@ -9,7 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._deq import _Solver, AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
+from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from .._solver.broyden import Broyden
 from ..nn import VariationalDropout
 from ._model import AbstractModel
@@ -110,7 +110,7 @@ class CausalTransformerDEQ(AbstractModel):
     def __init__(
         self,
         config: CausalTransformerConfig,
-        solver: _Solver | dfx.AbstractSolver = Broyden(rtol=1e-3, atol=1e-6),
+        solver: Solver | dfx.AbstractSolver = Broyden(rtol=1e-3, atol=1e-6),
         *,
         adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
         max_steps: int = 30,

@@ -9,7 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._deq import _Solver, AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
+from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from .._multiscale import MultiScaleCell
 from .._solver.broyden import Broyden
 from ..nn import VariationalDropout, weight_norm
@@ -535,7 +535,7 @@ class MDEQ(AbstractModel):
     def __init__(
         self,
         config: MDEQConfig,
-        solver: _Solver | dfx.AbstractSolver = _SOLVER,
+        solver: Solver | dfx.AbstractSolver = _SOLVER,
         *,
         adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
         max_steps: int = _MAX_STEPS,
@@ -576,7 +576,7 @@ class MDEQSegmenter(AbstractModel):
     def __init__(
         self,
         config: MDEQConfig,
-        solver: _Solver | dfx.AbstractSolver = _SOLVER,
+        solver: Solver | dfx.AbstractSolver = _SOLVER,
         *,
         adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
         max_steps: int = _MAX_STEPS,

@@ -11,7 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._deq import _Solver, AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
+from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from .._solver.anderson import AndersonAcceleration
 from ._init import draw_normal
 from ._model import AbstractModel
@@ -137,7 +137,7 @@ class ResNetDEQ(AbstractModel):
     def __init__(
         self,
         config: ResNetConfig,
-        solver: _Solver | dfx.AbstractSolver = AndersonAcceleration(1e-2, 1e-6),
+        solver: Solver | dfx.AbstractSolver = AndersonAcceleration(1e-2, 1e-6),
         *,
         init: Callable[[Array], Array] | None = None,
         adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),

@@ -9,7 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._deq import _Solver, AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
+from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from .._solver.anderson import AndersonAcceleration
 from ._model import AbstractModel
 
@@ -74,7 +74,7 @@ class TanhDEQ(AbstractModel):
     def __init__(
         self,
         config: TanhConfig,
-        solver: _Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
+        solver: Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
         *,
         adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
         max_steps: int = 200,

@@ -12,7 +12,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._deq import _Solver, AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
+from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from .._solution import EquilibriumSolution
 from .._solver.anderson import AndersonAcceleration
 from ..nn import VariationalDropout, weight_norm
@@ -400,7 +400,7 @@ class DEQTransformer(eqx.Module):
     def __init__(
         self,
         config: TransformerConfig,
-        solver: _Solver | dfx.AbstractSolver = AndersonAcceleration(1e-3, 1e-6),
+        solver: Solver | dfx.AbstractSolver = AndersonAcceleration(1e-3, 1e-6),
         *,
         adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
         max_steps: int = 30,
