@@ -13,3 +13,10 @@ jax.config.update("jax_enable_compilation_cache", False)
 def getkey():
     """A source of fresh keys, the same ones in every run of a test."""
     return eqxi.GetKey(seed=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """The programs of a whole run take some gigabytes of each process."""
+    yield
+    jax.clear_caches()
