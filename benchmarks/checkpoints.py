@@ -9,14 +9,11 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import orbax.checkpoint as ocp
+from errors import CheckpointError
 from jaxtyping import PyTree
 
 
 _State = TypeVar("_State", bound=PyTree)
-
-
-class CheckpointError(Exception):
-    """Why a run cannot go on from a checkpoint, in one sentence."""
 
 
 class Checkpoints:

@@ -321,16 +321,15 @@ def load_grey(
     """Grey images of 8 x 8 or 28 x 28 pixels to classify."""
     train, test = mnist.load(mnist.Config(dataset=name, data_dir=folder))
     num_classes = 47 if name == "emnist" else 10
-    for images in (train, test):
-        shape = images.images.shape[1:]
-        if len(images) and shape != (
-            expected := (1, 8, 8) if name == "digits" else (1, 28, 28)
-        ):
+    size = 8 if name == "digits" else 28
+    for sample in (train, test):
+        height, width = sample.images.shape[2:]
+        if (height, width) != (size, size):
             raise DataError(
-                f"{folder} has images of {shape[1]} x {shape[2]} pixels, where {name} "
-                f"has {expected[1]} x {expected[2]}."
+                f"{folder} has images of {height} x {width} pixels, where {name} has "
+                f"{size} x {size}."
             )
-        _check_labels(images.labels, num_classes, folder)
+        _check_labels(sample.labels, num_classes, folder or name)
     return Data(
         Examples(train.images, train.labels),
         Examples(test.images, test.labels),
@@ -338,7 +337,7 @@ def load_grey(
     )
 
 
-def _check_labels(labels: np.ndarray, num_classes: int, source: Path | None) -> None:
+def _check_labels(labels: np.ndarray, num_classes: int, source: Path | str) -> None:
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise DataError(
             f"{source} has labels from {labels.min()} to {labels.max()}, where there "

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import diffrax as dfx
 import lineax as lx
 import optimistix as optx
+from errors import OptionError
 from jaxtyping import PyTree
 
 import implicitnets as inn
@@ -74,7 +75,23 @@ ADJOINTS: dict[AdjointName, Callable[[EquilibriumOptions], optx.AbstractAdjoint]
 def make_layer(
     layer: inn.AbstractDeepEquilibriumNetwork, options: EquilibriumOptions
 ) -> inn.AbstractDeepEquilibriumNetwork:
-    """A model's layer, with the start, the solver and the adjoint of the options."""
+    """A model's layer, with the start, the solver and the adjoint of the options.
+
+    **Arguments:**
+
+    - `layer`: the model's.
+    - `options`: how to solve instead.
+
+    **Returns:**
+
+    A layer with the same cell.
+
+    **Raises:**
+
+    `OptionError` if the model knows no other start.
+    """
+    if options.start != "model" and getattr(layer, "init", None) is not None:
+        raise OptionError("The model has a start of its own: take --start model.")
     if options.start == "injection":
         layer = inn.DeepEquilibriumNetwork(layer.cell, init=_identity)
     elif options.start == "cell":

@@ -6,7 +6,15 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from errors import OptionError
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 from jaxtyping import PyTree
 
 
@@ -26,32 +34,37 @@ class Placement:
 
     **Raises:**
 
-    `ValueError` for several processes that would all do the same.
+    `OptionError` for several processes that would all do the same.
     """
 
     def __init__(self, data_parallel: bool):
         if jax.process_count() > 1 and not data_parallel:
-            raise ValueError("Several processes need --data-parallel.")
+            raise OptionError("Several processes need --data-parallel.")
         devices = np.asarray(jax.devices() if data_parallel else jax.devices()[:1])
-        mesh = Mesh(devices, ("batch",), axis_types=(AxisType.Auto,))
         self.num_devices = devices.size
-        self.whole = NamedSharding(mesh, PartitionSpec())
-        self.split = NamedSharding(mesh, PartitionSpec("batch"))
+        if self.num_devices == 1:
+            # No mesh of one device: for a mesh, XLA on CPU (of jaxlib 0.10.2) rewrites
+            # convolutions in loops into forms that are several times slower.
+            self.whole = self.split = SingleDeviceSharding(devices[0])
+        else:
+            mesh = Mesh(devices, ("batch",), axis_types=(AxisType.Auto,))
+            self.whole = NamedSharding(mesh, PartitionSpec())
+            self.split = NamedSharding(mesh, PartitionSpec("batch"))
 
     def check(self, batch_size: int) -> None:
         """Whether the devices can share a batch fairly.
 
         **Raises:**
 
-        `ValueError` if they cannot.
+        `OptionError` if they cannot.
         """
         if batch_size % self.num_devices:
-            raise ValueError(
+            raise OptionError(
                 f"`batch_size` must be a multiple of the {self.num_devices} devices; "
                 f"got {batch_size}."
             )
 
-    def put(self, tree: _Tree, sharding: NamedSharding) -> _Tree:
+    def put(self, tree: _Tree, sharding: Sharding) -> _Tree:
         """Put what every process has in full onto the devices."""
 
         def put_array(leaf):

@@ -6,6 +6,7 @@ not count steps in the same way, so a budget is a like one, not the same.
 
 import dataclasses
 
+from config import Config, JacobianOptions, TrainingOptions
 from data import DataOptions
 from equilibrium import EquilibriumOptions
 from networks import (
@@ -17,7 +18,6 @@ from networks import (
     TutorialOptions,
 )
 from optimiser import OptimiserOptions
-from trainer import Config, JacobianOptions, TrainingOptions
 
 from implicitnets import models
 

@@ -10,7 +10,6 @@ import functools as ft
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -20,146 +19,18 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
-import optimistix as optx
 from checkpoints import Checkpoints
-from data import Batch, Data, DataOptions, IGNORED, Text
-from equilibrium import EquilibriumOptions
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
-from networks import AbstractNetwork, build, ModelOptions, Verdict
-from optimiser import make_optimiser, make_schedule, OptimiserOptions
+from config import Config, JacobianOptions, Plan
+from data import Batch, Data, Text
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
+from metrics import means, measure, Metrics
+from networks import AbstractNetwork, build, Verdict
+from optimiser import make_optimiser, make_schedule
 from placement import Placement
 from records import Record, Records
 from tqdm import tqdm
 
 import implicitnets as inn
-
-
-@dataclasses.dataclass(frozen=True)
-class JacobianOptions:
-    """How strongly, and how often, the cell's Jacobian is kept small."""
-
-    jacobian_weight: float = 0.0
-    """Of the penalty, once the equilibrium is solved for."""
-    jacobian_pretraining_weight: float = 0.0
-    """Of the penalty before."""
-    jacobian_increment: float = 0.1
-    """By how much the weight grows ..."""
-    jacobian_every: int | None = None
-    """... in how many steps; by default it does not grow."""
-    jacobian_probability: float = 1.0
-    """In what part of the training steps the penalty counts."""
-    jacobian_samples: int = 1
-    """Random products for every estimate."""
-    jacobian_last_epoch: float | None = None
-    """After which epoch to go on without."""
-
-    @property
-    def active(self) -> bool:
-        """Whether the penalty ever counts."""
-        return self.jacobian_weight > 0 or self.jacobian_pretraining_weight > 0
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingOptions:
-    """How long to train, and on what loss."""
-
-    pretraining_epochs: float = 0.0
-    """Epochs with the cell unrolled to a fixed depth."""
-    pretraining_depth: int = 5
-    """That depth."""
-    epochs: float = 10.0
-    """Epochs with the equilibrium, after the pretraining."""
-    batch_size: int = 32
-    """Examples, or streams of text, in a training step."""
-    skip_weight: float = 0.0
-    """Of the penalty on the distance from a solve's start to its end."""
-    test_every: float = 1.0
-    """Epochs from one evaluation to the next."""
-    spectral_examples: int = 16
-    """In an evaluation, the number of examples to know the spectral radius of."""
-    seed: int = 0
-    """Of everything random."""
-
-    def __post_init__(self):
-        for name in ("pretraining_epochs", "epochs", "spectral_examples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be non-negative.")
-        for name in ("pretraining_depth", "batch_size", "test_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive.")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """What does not change the result: where it goes, and what computes it."""
-
-    output_dir: Path | None = None
-    """Folder of the metrics, the figures and the checkpoints; by default
-    `runs/<model>-<dataset>-<seed>`. A run that was interrupted goes on from there."""
-    checkpoint_every: int = 500
-    """Training steps from one checkpoint to the next."""
-    log_every: int = 50
-    """Training steps that a line of the metrics is the mean of."""
-    data_parallel: bool = False
-    """Split every batch over all the devices."""
-    distributed: bool = False
-    """Work with other processes, which the cluster's environment tells of ..."""
-    coordinator: str | None = None
-    """... or, where there is none, at the address and port of the first process ..."""
-    num_processes: int | None = None
-    """... of so many ..."""
-    process_id: int | None = None
-    """... of which this is the one of this number, from 0."""
-
-    def __post_init__(self):
-        for name in ("checkpoint_every", "log_every"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"`{name}` must be positive; got {value}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """A training run."""
-
-    model: ModelOptions
-    data: DataOptions = DataOptions()
-    equilibrium: EquilibriumOptions = EquilibriumOptions()
-    optimiser: OptimiserOptions = OptimiserOptions()
-    jacobian: JacobianOptions = JacobianOptions()
-    training: TrainingOptions = TrainingOptions()
-    run: RunOptions = RunOptions()
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the training does at which step."""
-
-    steps_per_epoch: int
-    pretraining_steps: int
-    total_steps: int
-    test_every: int
-
-    @classmethod
-    def of(cls, options: TrainingOptions, data: Data) -> "Plan":
-        """The plan that the options make with a data set."""
-        steps_per_epoch = data.train.steps_per_epoch(options.batch_size)
-        pretraining_steps = round(options.pretraining_epochs * steps_per_epoch)
-        return cls(
-            steps_per_epoch,
-            pretraining_steps,
-            pretraining_steps + round(options.epochs * steps_per_epoch),
-            max(1, round(options.test_every * steps_per_epoch)),
-        )
-
-
-class Mean(eqx.Module):
-    """Sums, of which the mean is wanted in the end."""
-
-    total: Float[Array, "..."]
-    weight: Float[Array, "..."]
-
-
-Metrics = dict[str, Mean]
 
 
 class TrainState(eqx.Module):
@@ -190,46 +61,6 @@ def judge_batch(
     return jax.vmap(
         one_example, in_axes=(0, 0, 0, 0, None), out_axes=(0, None), axis_name="batch"
     )(inputs, targets, memory, jr.split(key, len(inputs)), statistics)
-
-
-def measure(
-    verdict: Verdict, targets: Int[Array, "batch ..."], num_classes: int
-) -> Metrics:
-    """The metrics of a batch, over the targets and the examples that count."""
-    counts = (targets != IGNORED).astype(verdict.loss.dtype)
-    examples = jnp.max(counts.reshape(len(counts), -1), axis=1)
-
-    def mean(values, weights):
-        values = jnp.where(weights > 0, values.astype(weights.dtype), 0)
-        return Mean(jnp.sum(values), jnp.sum(weights))
-
-    solution = verdict.solution
-    norm = jax.vmap(optx.two_norm)
-    image = jtu.tree_map(jnp.add, solution.z_star, solution.residual)
-    stats = solution.stats
-    metrics = {
-        "loss": mean(verdict.loss, counts),
-        "accuracy": mean(verdict.prediction == targets, counts),
-        "steps": mean(stats["num_steps"], examples),
-        # Other libraries' solvers do not tell; most evaluate the cell once a step.
-        "evaluations": mean(stats.get("nfe", stats["num_steps"]), examples),
-        "converged": mean(solution.result == optx.RESULTS.successful, examples),
-        "residual": mean(norm(solution.residual) / norm(image), examples),
-    }
-    if targets.ndim == 3:
-        metrics["mean_iou"] = _intersection_over_union(
-            verdict.prediction, targets, num_classes, counts
-        )
-    return metrics
-
-
-def _intersection_over_union(prediction, targets, num_classes, counts):
-    def count(classes, weights):
-        return jnp.zeros(num_classes, counts.dtype).at[classes].add(weights)
-
-    # The ignored ones count nothing, wherever they are counted.
-    hits = count(prediction, jnp.where(prediction == targets, counts, 0))
-    return Mean(hits, count(prediction, counts) + count(targets, counts) - hits)
 
 
 def jacobian_penalty(
@@ -288,8 +119,8 @@ class Trainer:
 
     **Raises:**
 
-    `DataError` if the model and the data do not fit, and `ValueError` if the devices
-    cannot share a batch.
+    `DataError` if the model and the data do not fit, and `OptionError` if the options
+    do not go together.
     """
 
     def __init__(self, config: Config, data: Data):
@@ -361,7 +192,9 @@ class Trainer:
         if step % self.plan.steps_per_epoch == 0 or not self.is_text:
             state = dataclasses.replace(state, memory=self._empty_memory)
         batch = self.data.train.training_batch(step, options.batch_size, options.seed)
-        return self._call(depth, self._update, state, self._put_batch(batch))
+        return self._call(
+            ("update", depth), self._update, state, self._put_batch(batch)
+        )
 
     def test(self, state: TrainState) -> dict[str, float]:
         """The means over the whole test set, and the spectral radius of a part."""
@@ -399,7 +232,7 @@ class Trainer:
 
     def _update(self, state, batch):
         keys = jr.split(jr.fold_in(self.training_key, state.step))
-        jacobian = self.config.jacobian
+        jacobian, skip_weight = self.config.jacobian, self.config.training.skip_weight
 
         def loss_fn(network):
             verdict, statistics = judge_batch(
@@ -407,8 +240,8 @@ class Trainer:
             )
             metrics = measure(verdict, batch[1], self.data.num_classes)
             loss = metrics["loss"].total / metrics["loss"].weight
-            skip = inn.skip_penalty(verdict.solution)
-            loss = loss + self.config.training.skip_weight * skip
+            if skip_weight > 0:
+                loss = loss + skip_weight * inn.skip_penalty(verdict.solution)
             if jacobian.active:
                 penalty = jacobian_penalty(network, verdict, jacobian, key=keys[1])
                 loss = loss + self.jacobian_weight(state.step) * penalty
@@ -459,21 +292,6 @@ class Trainer:
         return self.placement.put(batch, self.placement.split)
 
 
-def means(metrics: Sequence[Metrics]) -> dict[str, float]:
-    """The means over some batches; of a vector, of those entries that there are."""
-
-    def mean(name):
-        batches = [jax.device_get(batch[name]) for batch in metrics]
-        total, weight = (
-            np.ravel(np.sum(np.stack(sums), axis=0, dtype=np.float64))
-            for sums in zip(*((mean.total, mean.weight) for mean in batches))
-        )
-        present = weight > 0
-        return float(np.mean(total[present] / weight[present]))
-
-    return {name: mean(name) for name in metrics[0]}
-
-
 class Clock:
     """Counts the seconds inside `with`, apart from those that compiling takes.
 
@@ -519,16 +337,20 @@ def train(config: Config, data: Data) -> TrainState:
     """
     trainer = Trainer(config, data)
     plan, run = trainer.plan, config.run
-    folder = run.output_dir or default_dir(config)
+    folder = config.output_dir
     checkpoints = Checkpoints(folder / "checkpoints", trainer.facts())
     latest = checkpoints.latest_step()
     state = trainer.start()
     if latest is not None:
         state = checkpoints.restore(latest, state)
     first = latest or 0
-    records = Records(folder, first, active=jax.process_index() == 0)
+    is_first_process = jax.process_index() == 0
+    records = Records(folder, first, active=is_first_process)
     progress = tqdm(
-        total=plan.total_steps, initial=first, unit="step", disable=None, leave=False
+        total=plan.total_steps,
+        initial=first,
+        unit="step",
+        disable=None if is_first_process else True,  # None: only on a terminal
     )
     clock = Clock(trainer, records.all)
     window = []
@@ -564,9 +386,3 @@ def train(config: Config, data: Data) -> TrainState:
     checkpoints.close()
     records.close()
     return state
-
-
-def default_dir(config: Config) -> Path:
-    """Where a run is that does not say it."""
-    model = type(config.model).__name__.removesuffix("Options").lower()
-    return Path("runs") / f"{model}-{config.data.dataset}-{config.training.seed}"

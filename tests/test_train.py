@@ -18,10 +18,12 @@ import numpy as np
 import optax
 import pytest
 import train as script
-from checkpoints import CheckpointError
+from config import Config, JacobianOptions, Plan, RunOptions, TrainingOptions
 from data import Data, DataError, DataOptions, Examples, load, Text
 from equilibrium import ADJOINTS, EquilibriumOptions, SOLVERS
+from errors import CheckpointError, OptionError
 from jax.flatten_util import ravel_pytree
+from metrics import means
 from networks import (
     build,
     CausalTransformerOptions,
@@ -34,18 +36,7 @@ from networks import (
 from optimiser import make_optimiser, make_schedule, OptimiserOptions
 from recipes import RECIPES
 from records import read_records
-from trainer import (
-    Config,
-    jacobian_schedule,
-    JacobianOptions,
-    judge_batch,
-    means,
-    Plan,
-    RunOptions,
-    train,
-    Trainer,
-    TrainingOptions,
-)
+from trainer import jacobian_schedule, judge_batch, train, Trainer
 
 import implicitnets as inn
 
@@ -240,7 +231,7 @@ def test_metrics_after_a_kill_in_mid_line(tmp_path):
 def test_batch_and_devices_must_fit(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: 3 * [jax.local_devices()[0]])
     config = parse("--data-parallel")
-    with pytest.raises(ValueError, match="multiple of the 3 devices; got 16"):
+    with pytest.raises(OptionError, match="multiple of the 3 devices; got 16"):
         Trainer(config, load(config.data))
 
 
@@ -420,6 +411,12 @@ def test_solvers(solver):
     assert isinstance(network.layer, inn.SkipDeepEquilibriumNetwork)
     solution = eqx.filter_eval_shape(network.layer.solve, jnp.ones(3))
     assert solution.z_star.shape == (3,)
+
+
+def test_start_of_a_model_that_has_its_own():
+    options = EquilibriumOptions(start="cell")
+    with pytest.raises(OptionError, match="take --start model"):
+        build(TransformerOptions(), options, Data(TEXT, TEXT, 3), key=jr.key(0))
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)

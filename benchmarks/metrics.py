@@ -1,0 +1,78 @@
+"""What is measured of a batch, and its means over several."""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optimistix as optx
+from data import IGNORED
+from jaxtyping import Array, Float, Int
+from networks import Verdict
+
+
+class Mean(eqx.Module):
+    """Sums, of which the mean is wanted in the end."""
+
+    total: Float[Array, "..."]
+    weight: Float[Array, "..."]
+
+
+Metrics = dict[str, Mean]
+
+
+def measure(
+    verdict: Verdict, targets: Int[Array, "batch ..."], num_classes: int
+) -> Metrics:
+    """The metrics of a batch, over the targets and the examples that count."""
+    counts = (targets != IGNORED).astype(verdict.loss.dtype)
+    examples = jnp.max(counts.reshape(len(counts), -1), axis=1)
+
+    def mean(values, weights):
+        values = jnp.where(weights > 0, values.astype(weights.dtype), 0)
+        return Mean(jnp.sum(values), jnp.sum(weights))
+
+    solution = verdict.solution
+    norm = jax.vmap(optx.two_norm)
+    image = jtu.tree_map(jnp.add, solution.z_star, solution.residual)
+    stats = solution.stats
+    metrics = {
+        "loss": mean(verdict.loss, counts),
+        "accuracy": mean(verdict.prediction == targets, counts),
+        "steps": mean(stats["num_steps"], examples),
+        # Other libraries' solvers do not tell; most evaluate the cell once a step.
+        "evaluations": mean(stats.get("nfe", stats["num_steps"]), examples),
+        "converged": mean(solution.result == optx.RESULTS.successful, examples),
+        "residual": mean(norm(solution.residual) / norm(image), examples),
+    }
+    if targets.ndim == 3:
+        metrics["mean_iou"] = _intersection_over_union(
+            verdict.prediction, targets, num_classes, counts
+        )
+    return metrics
+
+
+def _intersection_over_union(prediction, targets, num_classes, counts):
+    def count(classes, weights):
+        return jnp.zeros(num_classes, counts.dtype).at[classes].add(weights)
+
+    # The ignored ones count nothing, wherever they are counted.
+    hits = count(prediction, jnp.where(prediction == targets, counts, 0))
+    return Mean(hits, count(prediction, counts) + count(targets, counts) - hits)
+
+
+def means(metrics: Sequence[Metrics]) -> dict[str, float]:
+    """The means over some batches; of a vector, of those entries that there are."""
+
+    def mean(name):
+        batches = [jax.device_get(batch[name]) for batch in metrics]
+        total, weight = (
+            np.ravel(np.sum(np.stack(sums), axis=0, dtype=np.float64))
+            for sums in zip(*((mean.total, mean.weight) for mean in batches))
+        )
+        present = weight > 0
+        return float(np.mean(total[present] / weight[present]))
+
+    return {name: mean(name) for name in metrics[0]}
