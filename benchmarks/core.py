@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from digits import import_tutorial
 from measure import (
     compile_and_run,
     print_table,
@@ -38,6 +37,7 @@ from problems import (
     reference,
     resnet,
 )
+from tutorial import mnist
 
 import implicitnets as inn
 
@@ -152,7 +152,6 @@ def anderson_evaluations() -> list[Row]:
 
 def exports() -> list[Row]:
     """Whether the gradient of the tutorial's model exports from this machine."""
-    mnist = import_tutorial()
     config = mnist.Config()
     model = mnist.Classifier(config, image_size=8, classes=10, key=jr.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)

@@ -4,28 +4,16 @@ Prints the test accuracy of each and the cell evaluations that it needs, as mean
 three seeds.
 """
 
-import pathlib
-import sys
 import typing
-from types import ModuleType
 
 import numpy as np
+from tutorial import mnist
 
 
-TUTORIALS = pathlib.Path(__file__).parent.parent / "docs" / "tutorials"
 NUM_SEEDS = 3
 
 
-def import_tutorial() -> ModuleType:
-    """The tutorial's code, which is a script and in no package."""
-    sys.path.insert(0, str(TUTORIALS))
-    import mnist
-
-    return mnist
-
-
 def main() -> None:
-    mnist = import_tutorial()
     train_set, test_set = mnist.load(mnist.Config())
     print("model type   test accuracy  of each seed         evaluations  seconds a run")
     for model_type in typing.get_args(mnist.ModelType):

@@ -147,19 +147,19 @@ def tutorial(cache: pathlib.Path, num_images: int = 128) -> Problem:
     if cache.exists():
         return load(cache)
     import jax
-    from digits import import_tutorial
+    import jax.numpy as jnp
+    from tutorial import mnist
 
-    mnist = import_tutorial()
     config = mnist.Config()
     train_set, test_set = mnist.load(config)
     model = mnist.train(config, train_set, test_set).model
-    cell = model.deq.cell
+    cell: Any = model.deq.cell
     weights = {
         "state": np.asarray(cell.state.weight),
         "inject": np.asarray(cell.inject.weight),
         "mix": np.asarray(cell.mix.weight),
     }
-    inputs = np.asarray(jax.vmap(model.stem)(test_set.images[:num_images]))
+    inputs = np.asarray(jax.vmap(model.stem)(jnp.asarray(test_set.images[:num_images])))
     rng = np.random.default_rng(0)
     problem = _problem("trained cell", "tutorial", weights, inputs, 1e-4, rng)
     cache.parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,21 @@ def tree_astype(tree: PyTree[Array], dtype: Any) -> PyTree[Array]:
     return jtu.tree_map(lambda x: x.astype(dtype), tree)
 
 
+def tree_cast_like(tree: PyTree[Array], like: PyTree) -> PyTree[Array]:
+    """Cast every leaf of a pytree to the dtype of another's.
+
+    **Arguments:**
+
+    - `tree`: a pytree of arrays.
+    - `like`: arrays or `jax.ShapeDtypeStruct`s, of the same structure.
+
+    **Returns:**
+
+    The pytree, in those dtypes.
+    """
+    return jtu.tree_map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
 def tree_normal(key: PRNGKeyArray, like: PyTree[Array]) -> PyTree[Array]:
     """Standard normal numbers.
 

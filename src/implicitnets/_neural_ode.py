@@ -16,6 +16,7 @@ from ._misc import (
     keyword,
     tree_all_finite,
     tree_astype,
+    tree_cast_like,
     working_dtype,
 )
 from ._multiscale import (
@@ -135,7 +136,7 @@ class AbstractNeuralODE(eqx.Module):
 
         def vector_field(t, z, arguments):
             del t
-            return tree_astype(cell_residual(_cast_like(z, like), arguments), dtype)
+            return tree_astype(cell_residual(tree_cast_like(z, like), arguments), dtype)
 
         solution = dfx.diffeqsolve(
             dfx.ODETerm(vector_field),
@@ -151,7 +152,7 @@ class AbstractNeuralODE(eqx.Module):
             throw=self.throw,
         )
         z1 = jtu.tree_map(lambda leaf: leaf[-1], solution.ys)
-        z1 = _cast_like(z1, like)
+        z1 = tree_cast_like(z1, like)
         return EquilibriumSolution(
             z_star=z1,
             z0=z0,
@@ -271,10 +272,6 @@ class MultiScaleNeuralODE(AbstractNeuralODE):
         if self.init is None:
             return zero_state(self.state_shapes, x)
         return self.init(x)
-
-
-def _cast_like(tree, like):
-    return jtu.tree_map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def _evaluations(solver: dfx.AbstractSolver) -> tuple[int, int] | None:

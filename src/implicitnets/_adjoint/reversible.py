@@ -10,7 +10,7 @@ import optimistix as optx
 from jaxtyping import Array, Int, PyTree, ScalarLike
 
 from .._loop import while_loop
-from .._misc import check_hyperparameter, working_dtype
+from .._misc import check_hyperparameter, tree_cast_like, working_dtype
 from .._solver.reversible import ReversibleFixedPoint, ReversibleState, start_pair
 from .detach import detach, substitute
 from .implicit import ImplicitAdjoint
@@ -151,7 +151,7 @@ def _iterate_bwd(
     )
     num_steps = (2 * state.num_best_steps).astype(error.dtype)
     report = AdjointReport(num_steps, error, result_number(result))
-    return grads, jtu.tree_map(lambda r, p: r.astype(p.dtype), report, probe)
+    return grads, tree_cast_like(report, probe)
 
 
 def _found(inputs):
@@ -190,17 +190,15 @@ def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
         return jtu.tree_map(lambda x: x.astype(working_dtype(x)), tree)
 
     def evaluate(z, differentiated_wide):
-        differentiated_again = jtu.tree_map(
-            lambda x, like: x.astype(like.dtype), differentiated_wide, differentiated
-        )
+        differentiated_again = tree_cast_like(differentiated_wide, differentiated)
         fn, _, _, args, *_ = eqx.combine(differentiated_again, fixed)
-        z = jtu.tree_map(lambda x, like: x.astype(like.dtype), z, y0)
+        z = tree_cast_like(z, y0)
         f, _ = fn(z, args)
         return widen(f)
 
     wide = widen(differentiated)
     best = state.progress.best_y
-    ct_y = jtu.tree_map(lambda ct, y: ct.astype(y.dtype), ct_root, best.y)
+    ct_y = tree_cast_like(ct_root, best.y)
 
     def half_step(carry):
         f, pull_back = jax.vjp(evaluate, carry.older, wide)
@@ -241,5 +239,5 @@ def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
         is_leaf=lambda x: x is None,
     )
     grads = fn_grad, solver_grad, start_grad, *rest
-    grads = jtu.tree_map(lambda g, x: g.astype(x.dtype), grads, differentiated)
+    grads = tree_cast_like(grads, differentiated)
     return grads, error

@@ -13,7 +13,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._loop import while_loop
-from .._misc import tree_dot, working_dtype
+from .._misc import tree_cast_like, tree_dot, working_dtype
 from .report import AdjointReport, result_number
 
 
@@ -152,7 +152,7 @@ def _solve(
             value, result, stats = inversion.solve(operator, b, aux, transposed)
             if transposed and block is not None:
                 report = _make_report(operator, b, value, result, stats)
-                block = jtu.tree_map(lambda r, p: r.astype(p.dtype), report, block)
+                block = tree_cast_like(report, block)
             return _scale_by(value, scale), block
 
         return solve

@@ -1,7 +1,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -9,7 +8,12 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._loop import while_loop
-from .._misc import check_hyperparameter, working_dtype
+from .._misc import (
+    check_hyperparameter,
+    tree_astype,
+    tree_cast_like,
+    working_dtype,
+)
 
 
 class FixedPointLinearSolver(lx.AbstractLinearSolver):
@@ -80,32 +84,29 @@ class FixedPointLinearSolver(lx.AbstractLinearSolver):
         if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
             raise ValueError("`FixedPointLinearSolver` is for real vectors only.")
         dtype = working_dtype(vector)
-        structure = jax.eval_shape(lambda: vector)
 
-        def widen(x):
-            return jtu.tree_map(lambda a: a.astype(dtype), x)
-
-        def narrow(x):
-            return jtu.tree_map(lambda a, s: a.astype(s.dtype), x, structure)
-
-        b = widen(vector)
+        b = tree_astype(vector, dtype)
 
         def iteration(u, args):
             del args
-            product = widen(state.mv(narrow(u)))
+            product = tree_astype(state.mv(tree_cast_like(u, vector)), dtype)
             return jtu.tree_map(lambda u, p, b: u + (p - b), u, product, b)
 
-        start = widen(options.get("y0", jtu.tree_map(jnp.negative, vector)))
+        start = options.get("y0", jtu.tree_map(jnp.negative, vector))
         solution = optx.fixed_point(
             iteration,
             self.solver,
-            start,
+            tree_astype(start, dtype),
             max_steps=self.max_steps,
             adjoint=_NoAdjoint(),
             throw=False,
         )
         stats = {k: v for k, v in solution.stats.items() if k != "max_steps"}
-        return narrow(solution.value), _as_linear_result(solution.result), stats
+        return (
+            tree_cast_like(solution.value, vector),
+            _as_linear_result(solution.result),
+            stats,
+        )
 
     def transpose(
         self, state: lx.AbstractLinearOperator, options: dict[str, Any]

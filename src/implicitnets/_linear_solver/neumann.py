@@ -1,13 +1,12 @@
 from typing import Any
 
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, ScalarLike
 
-from .._misc import check_hyperparameter, tree_astype, working_dtype
+from .._misc import check_hyperparameter, tree_astype, tree_cast_like, working_dtype
 
 
 class NeumannSeries(lx.AbstractLinearSolver):
@@ -72,22 +71,18 @@ class NeumannSeries(lx.AbstractLinearSolver):
         if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
             raise ValueError("`NeumannSeries` is for real vectors only.")
         dtype = working_dtype(vector)
-        structure = jax.eval_shape(lambda: vector)
         weight = 1 - jnp.asarray(self.damping, dtype)
         b = tree_astype(vector, dtype)
 
-        def narrow(u):
-            return jtu.tree_map(lambda x, s: x.astype(s.dtype), u, structure)
-
         # The sum as a damped iteration, which keeps one vector and not two.
         def add_term(_, u):
-            product = tree_astype(state.mv(narrow(u)), dtype)
+            product = tree_astype(state.mv(tree_cast_like(u, vector)), dtype)
             return jtu.tree_map(lambda u, p, b: u + weight * (p - b), u, product, b)
 
         first = jtu.tree_map(lambda b: -weight * b, b)
         solution = lax.fori_loop(1, self.num_terms, add_term, first)
         stats = {"num_steps": jnp.array(self.num_terms - 1)}
-        return narrow(solution), lx.RESULTS.successful, stats
+        return tree_cast_like(solution, vector), lx.RESULTS.successful, stats
 
     def transpose(
         self, state: lx.AbstractLinearOperator, options: dict[str, Any]

@@ -12,6 +12,7 @@ from .._misc import (
     check_hyperparameter,
     check_tolerances,
     tree_astype,
+    tree_cast_like,
     working_dtype,
 )
 from .progress import Progress, start_progress
@@ -112,8 +113,8 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
 
         def evaluate(x):
             # Rounded to the dtypes of the state where that is a narrower one.
-            f, aux = fn(jtu.tree_map(lambda a, b: a.astype(b.dtype), x, y), args)
-            return jtu.tree_map(lambda a, b: a.astype(b.dtype), f, x), aux
+            f, aux = fn(tree_cast_like(x, y), args)
+            return tree_cast_like(f, x), aux
 
         new_y = self.mix(old.y, evaluate(old.z)[0])
         f, aux = evaluate(new_y)
@@ -134,7 +135,7 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
                 improved, progress.num_evaluations, state.num_best_steps
             ),
         )
-        return jtu.tree_map(lambda a, b: a.astype(b.dtype), new_y, y), new_state, aux
+        return tree_cast_like(new_y, y), new_state, aux
 
     def mix(self, old: PyTree[Array], f: PyTree[Array]) -> PyTree[Array]:
         """Half a step: the new state from an old one and the value at the other.
@@ -200,9 +201,7 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
     ) -> tuple[PyTree[Array], Any, dict[str, Any]]:
         """As `optimistix.AbstractIterativeSolver.postprocess`."""
         del fn, args, options, tags, result
-        best_y = jtu.tree_map(
-            lambda a, b: a.astype(b.dtype), state.progress.best_y.y, y
-        )
+        best_y = tree_cast_like(state.progress.best_y.y, y)
         return best_y, aux, {"nfe": 2 * state.progress.num_evaluations}
 
 

@@ -18,6 +18,7 @@ from .._misc import (
     check_hyperparameter,
     check_tolerances,
     tree_astype,
+    tree_cast_like,
     tree_dot,
     working_dtype,
 )
@@ -368,4 +369,4 @@ def _combine(fn, *trees):
     """A linear combination in the working dtype, in the dtypes of the first pytree."""
     dtype = working_dtype(trees[0])
     out = jtu.tree_map(fn, *(tree_astype(tree, dtype) for tree in trees))
-    return jtu.tree_map(lambda x, like: x.astype(like.dtype), out, trees[0])
+    return tree_cast_like(out, trees[0])

@@ -516,6 +516,11 @@ _SOLVER = Broyden(rtol=1e-3, atol=1e-6)
 _MAX_STEPS = 18
 
 
+def _make_deq(config, solver, adjoint, max_steps, *, key):
+    cell = MDEQCell(config, key=key)
+    return DeepEquilibriumNetwork(cell, solver, adjoint=adjoint, max_steps=max_steps)
+
+
 class MDEQ(AbstractModel):
     """A multiscale equilibrium network that classifies images.
 
@@ -542,11 +547,8 @@ class MDEQ(AbstractModel):
         key: PRNGKeyArray,
     ):
         stem_key, cell_key, head_key = jr.split(key, 3)
-        cell = MDEQCell(config, key=cell_key)
         self.stem = Stem(config, key=stem_key)
-        self.deq = DeepEquilibriumNetwork(
-            cell, solver, adjoint=adjoint, max_steps=max_steps
-        )
+        self.deq = _make_deq(config, solver, adjoint, max_steps, key=cell_key)
         self.head = ClassifierHead(config, key=head_key)
 
     def inject(self, x, state):
@@ -583,11 +585,8 @@ class MDEQSegmenter(AbstractModel):
         key: PRNGKeyArray,
     ):
         stem_key, cell_key, head_key = jr.split(key, 3)
-        cell = MDEQCell(config, key=cell_key)
         self.stem = Stem(config, key=stem_key)
-        self.deq = DeepEquilibriumNetwork(
-            cell, solver, adjoint=adjoint, max_steps=max_steps
-        )
+        self.deq = _make_deq(config, solver, adjoint, max_steps, key=cell_key)
         self.head = SegmenterHead(config, key=head_key)
 
     def inject(self, x, state):
