@@ -37,7 +37,7 @@ LIBRARIES = (
 # A call shorter than this is timed several at a time.
 SHORTEST_SECONDS = 0.02
 # A row that has taken longer altogether is not timed again.
-LONGEST_SECONDS = 20.0
+LONGEST_SECONDS = 10.0
 
 Row = dict[str, Any]
 

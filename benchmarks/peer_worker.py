@@ -390,8 +390,10 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         name = request["method"]
-        if request["do"] == "prepare":
+        # Also for a timed call: the process may be a new one since it was prepared.
+        if name not in programs:
             programs[name] = methods[name]()
+        if request["do"] == "prepare":
             answer = prepare(programs[name], pathlib.Path(request["folder"]))
         else:
             call = getattr(programs[name], request["do"])

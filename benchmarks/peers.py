@@ -8,8 +8,10 @@ residual and gradient against a float64 reference.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
+import select
 import subprocess
 import sys
 import tempfile
@@ -68,31 +70,45 @@ class Config(Settings):
     """Which libraries to time."""
     problems: tuple[str, ...] = tuple(PROBLEMS)
     """Which problems to solve."""
+    limit: float = 120.0
+    """Seconds that a method may take for its first result, or for a timed call."""
 
 
 class Worker:
-    """A process with one library and one problem."""
+    """A process with one library and one problem, begun afresh when it takes too long.
 
-    def __init__(self, library: str, python: str, folder: pathlib.Path):
+    **Arguments:**
+
+    - `library`: its name.
+    - `python`: the interpreter that has it.
+    - `folder`: where the problem is, and where results go.
+    - `limit`: the seconds that it may take for an answer.
+    """
+
+    def __init__(self, library: str, python: str, folder: pathlib.Path, limit: float):
         self.library = library
+        self.python = python
         self.folder = folder
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        self.limit = limit
         self.log = folder / f"{library}.log"
+        self.hello = self._start()
+
+    def _start(self) -> dict[str, Any]:
         self.process = subprocess.Popen(
             [
-                python,
+                self.python,
                 str(WORKER),
-                library,
-                folder / "problem.npz",
-                folder / "norms.npy",
+                self.library,
+                self.folder / "problem.npz",
+                self.folder / "norms.npy",
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
             text=True,
-            env=environment,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
-        self.hello = self._answer()
+        return self._answer()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer."""
@@ -103,6 +119,11 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], self.limit)[0]:
+            self.process.kill()
+            self.process.wait()
+            self._start()
+            return {"missing": f"not done in {self.limit:.0f} s"}
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
@@ -153,9 +174,7 @@ class Worker:
         def seconds(estimate: float) -> float:
             number = max(1, round(SHORTEST_SECONDS / max(estimate, 1e-6)))
             answer = self.ask(do=what, method=method, number=number)
-            if "seconds" not in answer:
-                raise RuntimeError(f"{self.library}, {method}: {answer['missing']}.")
-            return answer["seconds"]
+            return answer.get("seconds", math.inf)
 
         return seconds
 
@@ -179,7 +198,7 @@ def compare(config: Config, problem: Problem, folder: pathlib.Path) -> list[Row]
     workers, rows, timers = [], [], {}
     for library in config.libraries:
         python = pythons.get(library, sys.executable)
-        worker = Worker(library, python, folder)
+        worker = Worker(library, python, folder, config.limit)
         workers.append(worker)
         if "methods" not in worker.hello:
             print(f"{library} is left out: {worker.hello['missing']}.")
@@ -208,7 +227,8 @@ def compare(config: Config, problem: Problem, folder: pathlib.Path) -> list[Row]
         "bare": "bare loop (ms)",
     }
     for (i, what), value in seconds.items():
-        rows[i][columns[what]] = 1e3 * value
+        if math.isfinite(value):
+            rows[i][columns[what]] = 1e3 * value
     return rows
 
 
