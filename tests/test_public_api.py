@@ -1,0 +1,10 @@
+import difflib
+
+from .public_api import describe, PATH
+
+
+def test_public_api_is_as_reviewed():
+    # After a change that is meant, `python -m tests.public_api` writes the file anew.
+    reviewed, found = PATH.read_text().splitlines(), describe().splitlines()
+    difference = "\n".join(difflib.unified_diff(reviewed, found, lineterm="", n=0))
+    assert not difference, f"\n{difference}"
