@@ -125,13 +125,16 @@ def progress(items: Iterable[Any], description: str) -> Iterable[Any]:
 
 
 def print_table(title: str, rows: list[Row]) -> None:
-    """Print rows, whose keys are the columns, as a Markdown table."""
+    """Print rows with a title."""
+    print(f"\n{title}\n\n{markdown_table(rows)}\n", flush=True)
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """Rows, whose keys are the columns, as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_format(row.get(column)) for column in columns] for row in rows]
     align = ["left" if _is_text(rows, column) else "right" for column in columns]
-    print(f"\n{title}\n", flush=True)
-    print(tabulate(cells, columns, "github", colalign=align, disable_numparse=True))
-    print(flush=True)
+    return tabulate(cells, columns, "github", colalign=align, disable_numparse=True)
 
 
 def _is_text(rows: list[Row], column: str) -> bool:

@@ -1,0 +1,174 @@
+"""What does a neural ODE cost next to a discrete and a continuous DEQ of the same cell?
+
+Each is trained from the same initial weights, for its own accuracy; then all are run at
+the same weights, those of the trained discrete DEQ, to the same tolerance: evaluations,
+times forward and backward, and temporary memory.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import tyro
+from classifier import (
+    Dataset,
+    evaluate,
+    Model,
+    TOLERANCE,
+    train,
+    TrainingSettings,
+    Weights,
+)
+from jaxtyping import Array
+from measure import (
+    bar_figure,
+    compile_and_run,
+    print_table,
+    progress,
+    Row,
+    save,
+    time_calls,
+)
+
+import implicitnets as inn
+
+
+MAX_STEPS = 256
+TIMING_BATCH = 128
+# The usual final time, and one at which little is left of where the flow started.
+FINAL_TIMES = (1.0, 10.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainingSettings):
+    """Compare neural ODEs with equilibrium networks."""
+
+
+def models() -> list[tuple[str, Model]]:
+    """Kinds and models. The first one's weights are for all."""
+
+    def equilibrium(solver):
+        return lambda weights: inn.DeepEquilibriumNetwork(
+            weights.cell, solver, max_steps=MAX_STEPS
+        )
+
+    def neural_ode(t1, adjoint):
+        return lambda weights: inn.NeuralODE(
+            weights.cell,
+            dfx.Tsit5(),
+            t1=t1,
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=MAX_STEPS,
+        )
+
+    discrete = {
+        "Broyden": inn.Broyden(TOLERANCE, TOLERANCE),
+        "Anderson": inn.AndersonAcceleration(TOLERANCE, TOLERANCE),
+    }
+    continuous = {
+        type(solver).__name__: inn.SteadyState(solver, TOLERANCE, TOLERANCE)
+        for solver in (dfx.Tsit5(), inn.VCABM3())
+    }
+    controller = dfx.PIDController(rtol=TOLERANCE, atol=TOLERANCE)
+    adjoints = {
+        "checkpointed": dfx.RecursiveCheckpointAdjoint(),
+        "solved backwards": dfx.BacksolveAdjoint(stepsize_controller=controller),
+    }
+    found = []
+    for kind, solvers in (("discrete DEQ", discrete), ("continuous DEQ", continuous)):
+        found += [(kind, Model(n, equilibrium(s))) for n, s in solvers.items()]
+    for t1 in FINAL_TIMES:
+        for name, adjoint in adjoints.items():
+            model = Model(f"Tsit5 to {t1:g}, {name}", neural_ode(t1, adjoint))
+            found.append(("neural ODE", model))
+    return found
+
+
+def measure(
+    model: Model, weights: Weights, images: Array, cotangent: Array
+) -> tuple[Row, dict[str, Callable[[], Any]]]:
+    """The memory of a gradient, and the passes to be timed."""
+
+    def solve(weights, images):
+        return model.solve(weights, images).z_star
+
+    def forward(weights, images):
+        return jax.vjp(lambda weights: solve(weights, images), weights)
+
+    def gradient(weights, images, cotangent):
+        _, pull_back = forward(weights, images)
+        return pull_back(cotangent)
+
+    solved, _ = compile_and_run(solve, weights, images)
+    _, pull_back = jax.jit(forward)(weights, images)
+    backward, _ = compile_and_run(
+        lambda pull_back, cotangent: pull_back(cotangent), pull_back, cotangent
+    )
+    whole, _ = compile_and_run(gradient, weights, images, cotangent)
+    row: Row = {
+        "temp (MB)": whole.temp_bytes / 1e6,
+        "first result (s)": whole.first_seconds,
+    }
+    calls = {
+        "forward": solved.call,
+        "backward": backward.call,
+        "gradient": whole.call,
+    }
+    return row, calls
+
+
+def compare(config: Config, dataset: Dataset) -> list[Row]:
+    """All models on one data set."""
+    train_set, test_set = config.load(dataset)
+    images = jnp.asarray(test_set.images[:TIMING_BATCH])
+    rows, calls, shared = [], {}, None
+    for i, (kind, model) in enumerate(progress(models(), dataset)):
+        weights, seconds = train(config, model, train_set)
+        accuracy = evaluate(model, weights, test_set)["accuracy"]
+        shared = weights if shared is None else shared
+        same = evaluate(model, shared, test_set)
+        first = jax.tree.map(lambda leaf: leaf[0], shared)
+        cotangent = jr.normal(jr.key(0), model.solve(first, images).z_star.shape)
+        row, passes = measure(model, first, images, cotangent)
+        rows.append(
+            {
+                "data": dataset,
+                "kind": kind,
+                "model": model.name,
+                "accuracy (%)": 100 * float(accuracy.mean()),
+                "training step (ms)": 1e3 * seconds / config.seeds,
+                "accuracy, same weights (%)": 100 * float(same["accuracy"].mean()),
+                "evaluations": float(same["evaluations"].mean()),
+                "residual": float(same["residual"].mean()),
+                **row,
+            }
+        )
+        calls.update({(i, name): call for name, call in passes.items()})
+    seconds = time_calls(calls, config.repeats, f"{dataset}, timing")
+    for (i, name), value in seconds.items():
+        rows[i][f"{name} (ms)"] = 1e3 * value
+    return rows
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    dataset = config.datasets[-1]
+    rows = compare(config, dataset)
+    print_table(dataset, rows)
+    figure = bar_figure(
+        rows,
+        panel="data",
+        label="model",
+        values=["forward (ms)", "backward (ms)"],
+        unit="ms",
+    )
+    save(config, "neural_ode", {"rows": rows}, figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""How do time and memory grow with state, batch, history and devices, and to compile?
+
+The solve and its gradient on the dense cell of `problems.py`, one size varied at a
+time. The devices are simulated: parts of this machine's cores, so that they show what
+sharding costs rather than what it gains.
+"""
+
+import dataclasses
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from measure import (
+    compile_and_run,
+    print_table,
+    progress,
+    Row,
+    save,
+    Settings,
+    time_calls,
+)
+from methods import gradient_program, Method, prepare, time_rows, verdict
+from problems import dense_tanh, Problem, reference, residuals
+
+import implicitnets as inn
+
+
+RADIUS = 0.9
+# Long histories are for maps on which the others are slow.
+HISTORY_RADIUS = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """Vary one size at a time."""
+
+    states: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """Sizes of the state."""
+    batches: tuple[int, ...] = (1, 8, 32, 128, 512)
+    """Sizes of the batch."""
+    histories: tuple[int, ...] = (2, 5, 10, 20, 40)
+    """Sizes of a solver's history."""
+    devices: tuple[int, ...] = (1, 2, 4)
+    """Numbers of simulated devices that share a batch."""
+
+
+def anderson(problem: Problem) -> Method:
+    """The default solver."""
+    return Method("Anderson", inn.AndersonAcceleration(problem.rtol, 0.0))
+
+
+def broyden(problem: Problem) -> Method:
+    """The other one with a history."""
+    return Method("Broyden", inn.Broyden(problem.rtol, 0.0))
+
+
+def compare(
+    config: Config, what: str, size: int, problem: Problem, methods: list[Method]
+) -> list[Row]:
+    """Table rows of some methods on a problem, of which `what` is `size`."""
+    ref = reference(problem)
+    prepared = [prepare(problem, ref, method) for method in methods]
+    rows = time_rows(prepared, config.repeats, f"{what} {size}, timing")
+    return [{"varied": what, "size": size, **row} for row in rows]
+
+
+def states(config: Config) -> list[Row]:
+    """Rows for every size of the state."""
+    rows = []
+    for size in progress(config.states, "state"):
+        problem = dense_tanh(RADIUS, size, batch=32)
+        methods = [anderson(problem), broyden(problem)]
+        rows += compare(config, "state", size, problem, methods)
+    return rows
+
+
+def batches(config: Config) -> list[Row]:
+    """Rows for every size of the batch."""
+    rows = []
+    for size in progress(config.batches, "batch"):
+        problem = dense_tanh(RADIUS, batch=size)
+        methods = [anderson(problem), broyden(problem)]
+        rows += compare(config, "batch", size, problem, methods)
+    return rows
+
+
+def histories(config: Config) -> list[Row]:
+    """Rows for every size of the history."""
+    problem = dense_tanh(HISTORY_RADIUS, batch=32)
+    rows = []
+    for size in progress(config.histories, "history"):
+        methods = [
+            Method(
+                "Anderson",
+                inn.AndersonAcceleration(problem.rtol, 0.0, history_size=size),
+            ),
+            Method("Broyden", inn.Broyden(problem.rtol, 0.0, history_size=size)),
+        ]
+        rows += compare(config, "history", size, problem, methods)
+    return rows
+
+
+def devices(config: Config) -> list[Row]:
+    """Rows for every number of devices, of a batch that they share."""
+    problem = dense_tanh(RADIUS, size=512)
+    ref = reference(problem)
+    method = anderson(problem)
+    program = gradient_program(problem, method)
+    rows, calls = [], {}
+    for number in progress(config.devices, "devices"):
+        mesh = Mesh(np.array(jax.devices()[:number]), ("batch",))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        shared = NamedSharding(mesh, PartitionSpec("batch"))
+        compiled, (gradient, z_star) = compile_and_run(
+            program,
+            jax.device_put(problem.weights, everywhere),
+            jax.device_put(problem.inputs, shared),
+            jax.device_put(problem.cotangent, shared),
+        )
+        error = ref.gradient_error(jax.tree.map(np.asarray, gradient))
+        residual = float(residuals(problem, np.asarray(z_star)).max())
+        rows.append(
+            {
+                "varied": "devices",
+                "size": number,
+                "problem": problem.name,
+                "method": method.name,
+                "result": verdict(problem, residual, error, True),
+                "first result (s)": compiled.first_seconds,
+                "temp (MB)": compiled.temp_bytes / 1e6,
+            }
+        )
+        calls[number] = compiled.call
+    seconds = time_calls(calls, config.repeats, "devices, timing")
+    for row in rows:
+        if row["result"] == "ok":
+            row["solve + gradient (ms)"] = 1e3 * seconds[row["size"]]
+    return rows
+
+
+def draw(rows: list[Row]) -> Figure:
+    """Times against what was varied, a panel for each."""
+    varied = list(dict.fromkeys(row["varied"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(varied), figsize=(4 * len(varied), 4), layout="constrained"
+    )
+    for axis, what in zip(np.atleast_1d(axes), varied, strict=True):
+        chosen = [row for row in rows if row["varied"] == what]
+        for name in dict.fromkeys(row["method"] for row in chosen):
+            timed = [
+                (row["size"], row["solve + gradient (ms)"])
+                for row in chosen
+                if row["method"] == name and "solve + gradient (ms)" in row
+            ]
+            axis.loglog(*np.reshape(timed, (-1, 2)).T, marker="o", label=name)
+        axis.set(xlabel=what, ylabel="solve + gradient (ms)")
+        axis.legend()
+    return figure
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    # Before anything is computed.
+    jax.config.update("jax_num_cpu_devices", max(config.devices))
+    rows = []
+    for sweep in (states, batches, histories, devices):
+        new_rows = sweep(config)
+        print_table(new_rows[0]["varied"], new_rows)
+        rows += new_rows
+    save(config, "scaling", {"rows": rows}, draw(rows))
+
+
+if __name__ == "__main__":
+    main()

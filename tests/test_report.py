@@ -1,0 +1,181 @@
+"""The benchmark report: how it is written, and what becomes of a section that fails."""
+
+import json
+import re
+import sys
+
+import pytest
+import report
+import sections
+
+
+def skip_row(model, evaluations, accuracy):
+    return {
+        "data": "digits",
+        "solver": "Broyden",
+        "model": model,
+        "accuracy (%)": accuracy,
+        "deviation of accuracy": 0.5,
+        "evaluations": evaluations,
+        "deviation of evaluations": 0.1,
+        "converged (%)": 100.0,
+        "training step (ms)": 3.0,
+        "prediction (ms)": 2.0,
+    }
+
+
+TABLES = {
+    "rows": [
+        skip_row("plain", 18.0, 96.0),
+        skip_row("Skip", 4.5, 95.0),
+        skip_row("Skip-regularised", 6.0, 96.5),
+    ]
+}
+
+
+def record(**changes):
+    return {
+        "status": "ok",
+        "seconds": 12.3,
+        "date": "2026-11-23",
+        "command": "python benchmarks/skip.py",
+        "quick": False,
+        "machine": {"cpu": "a CPU", "cores": 2, "python": "3.11"},
+        "versions": {"jax": "0.10.2"},
+        "tables": TABLES,
+        **changes,
+    }
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Makes a section of a script's text."""
+    monkeypatch.setattr(report, "HERE", tmp_path)
+
+    def make(text, **fields):
+        (tmp_path / "made.py").write_text(text)
+        fields = {"exhibits": (), "minutes": 1, **fields}
+        return sections.Section("made", "Made", "Why?", **fields)
+
+    return make
+
+
+@pytest.fixture
+def config(tmp_path):
+    return report.Config(output_dir=tmp_path / "docs", results_dir=tmp_path / "results")
+
+
+def test_page_is_computed_from_the_tables(tmp_path):
+    page = report.render({"skip": record()}, tmp_path)
+    assert "need 4 times the evaluations of Skip ones" in page
+    assert "is -1.0 to -1.0 points from theirs" in page
+    assert "need 3 times the evaluations of Skip-regularised ones" in page
+    assert re.search(r"\| digits +\| Broyden +\| plain +\| 96.0 ± 0.5", page)
+    assert "a CPU" in page and "0.10.2" in page
+    for theme in ("light", "dark"):
+        link = f"({tmp_path.name}/skip.{theme}.png#only-{theme})"
+        assert link in page
+        assert (tmp_path / f"skip.{theme}.png").stat().st_size > 0
+
+
+def test_failed_section_does_not_stop_the_others(tmp_path):
+    failed = record(status="timed out after 9 minutes")
+    for name in ("machine", "versions", "tables"):
+        del failed[name]
+    page = report.render({"solvers": failed, "skip": record()}, tmp_path)
+    assert "**This section timed out after 9 minutes.**" in page
+    assert "need 4 times" in page
+
+
+def test_tables_that_lack_something_are_a_failed_section(tmp_path):
+    broken = record(tables={"rows": [{"problem": "tanh"}]})
+    page = report.render({"solvers": broken, "skip": record()}, tmp_path)
+    assert "**This section failed: KeyError: 'method'.**" in page
+    assert "need 4 times" in page
+
+
+def test_quick_results_are_no_measurements(tmp_path):
+    assert "no measurements" in report.render({"skip": record(quick=True)}, tmp_path)
+    assert "no measurements" not in report.render({"skip": record()}, tmp_path)
+
+
+def test_run_reads_what_the_script_saved(script, config):
+    content = {"machine": {}, "versions": {}, "tables": {"rows": [{"a": 1}]}}
+    section = script(
+        "import pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--output-dir') + 1])\n"
+        f"(folder / 'made.json').write_text({json.dumps(content)!r})\n",
+        options=("--repeats", "3"),
+    )
+    found = report.run(section, config)
+    assert found["status"] == "ok"
+    assert found["tables"] == content["tables"]
+    assert found["command"] == "python benchmarks/made.py --repeats 3"
+
+
+def test_run_says_why_a_script_failed(script, config):
+    section = script("raise RuntimeError('no reference')")
+    # Of an earlier run: not to be taken for this one's.
+    config.results_dir.mkdir()
+    (config.results_dir / "made.json").write_text('{"tables": {}}')
+    found = report.run(section, config)
+    assert found["status"] == "failed: RuntimeError: no reference"
+    assert "tables" not in found
+
+
+def test_run_stops_a_script_that_takes_too_long(script, config):
+    section = script("import time; time.sleep(600)", minutes=0.001)
+    found = report.run(section, config)
+    assert found["status"] == "timed out after 0.001 minutes"
+
+
+def test_page_does_not_show_the_paths_of_the_machine(tmp_path):
+    config = report.Config(data_dir=tmp_path, python=(f"banax={tmp_path}/python",))
+    for section in sections.SECTIONS:
+        passed, shown = report.passed_on(section, config)
+        assert len(passed) == len(shown)
+        assert not any(str(tmp_path) in argument for argument in shown)
+        assert (section.takes is None) == (passed == [])
+
+
+def test_other_sections_keep_their_last_results(tmp_path, monkeypatch):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    old = {"skip": record(), "solvers": record(status="failed: of old")}
+    (folder / "report.json").write_text(json.dumps(old))
+    monkeypatch.setattr(report, "run", lambda *_: record(status="failed: of new"))
+    arguments = ["report.py", "--output-dir", str(tmp_path), "--sections", "solvers"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    report.main()
+    page = (tmp_path / "report.md").read_text()
+    assert "need 4 times" in page and "of new" in page and "of old" not in page
+    assert json.loads((folder / "report.json").read_text())["skip"] == old["skip"]
+
+
+def test_unknown_section():
+    with pytest.raises(ValueError, match="got nothing"):
+        report.Config(sections=("nothing",))
+
+
+def test_names_of_scripts_and_figures():
+    exhibits = [e.name for section in sections.SECTIONS for e in section.exhibits]
+    assert len(set(exhibits)) == len(exhibits)
+    for section in sections.SECTIONS:
+        assert (report.HERE / f"{section.script}.py").exists()
+
+
+def test_ranges():
+    assert sections.times([2.0, 2.001]) == "2 times"
+    assert sections.times([3.0, 0.5]) == "0.5 to 3 times"
+
+
+def test_pivot_names_what_failed():
+    rows = [
+        {"method": "a", "problem": "p", "ms": 1.0},
+        {"method": "a", "problem": "q"},
+        {"method": "b", "problem": "q", "ms": 2.0},
+    ]
+    assert sections.pivot(rows, ("method",), "problem", "ms") == [
+        {"method": "a", "p": 1.0, "q": "failed"},
+        {"method": "b", "q": 2.0},
+    ]
