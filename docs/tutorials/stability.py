@@ -1,0 +1,262 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Keep it stable
+#
+# Nothing in a loss says that equilibria must be easy to find, so training tends to
+# cells whose equilibria are not. This page shows what that looks like, and measures
+# what helps, on one small classifier of scikit-learn's digits.
+
+# %%
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import optimistix as optx
+from sklearn.datasets import load_digits
+
+import implicitnets as inn
+from implicitnets import plot
+
+
+pixels, labels = load_digits(return_X_y=True)
+pixels = jnp.asarray(pixels / 16, jnp.float32)
+labels = jnp.asarray(labels)
+test_pixels, test_labels = pixels[1500:], labels[1500:]
+
+
+# %% [markdown]
+# ## A training run
+#
+# A dense cell of 64 units between two linear layers. The learning rate is high and the
+# solver has 30 steps, so that trouble comes early.
+
+
+# %%
+class Cell(eqx.Module):
+    hidden: eqx.nn.Linear
+
+    def __call__(self, z, x):
+        return jnp.tanh(self.hidden(z) + x)
+
+
+class Classifier(eqx.Module):
+    stem: eqx.nn.Linear
+    deq: inn.DeepEquilibriumNetwork
+    head: eqx.nn.Linear
+
+    def __init__(self, cell, solver, adjoint):
+        stem_key, head_key = jr.split(jr.key(0))
+        self.stem = eqx.nn.Linear(64, 64, key=stem_key)
+        self.deq = inn.DeepEquilibriumNetwork(
+            cell, solver, adjoint=adjoint, max_steps=30
+        )
+        self.head = eqx.nn.Linear(64, 10, key=head_key)
+
+
+def make_model(
+    cell=Cell(eqx.nn.Linear(64, 64, key=jr.key(1))),
+    solver=inn.AndersonAcceleration(rtol=1e-4, atol=0.0),
+    adjoint=inn.ImplicitAdjoint(),
+):
+    return Classifier(cell, solver, adjoint)
+
+
+# %% [markdown]
+# A step returns, beside the model, what can be known about it for free: how many of the
+# forward solves were successful, and how many of the backward ones. The latter come as
+# the gradient with respect to a *probe*, one for each example, because a backward pass
+# has no other way to return anything.
+#
+# `penalty(model, z, x, step, key)` is added to the loss.
+
+# %%
+optimiser = optax.adam(1e-2)
+
+
+def no_penalty(model, z, x, step, key):
+    del model, z, x, step, key
+    return 0.0
+
+
+@eqx.filter_jit
+def train_step(model, state, x, y, step, key, penalty):
+    def loss_fn(model_and_probe):
+        model, probe = model_and_probe
+        features = jax.vmap(model.stem)(x)
+        solve = jax.vmap(lambda x, probe: model.deq.solve(x, probe=probe))
+        solution = solve(features, probe)
+        logits = jax.vmap(model.head)(solution.z_star)
+        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+        loss += penalty(model, solution.z_star, features, step, key)
+        return loss, solution
+
+    probe = inn.AdjointReport.probe((len(x),))
+    gradient = eqx.filter_grad(loss_fn, has_aux=True)
+    (gradient, report), solution = gradient((model, probe))
+    updates, state = optimiser.update(gradient, state)
+    record = {
+        "forward": jnp.mean(solution.result == optx.RESULTS.successful),
+        "backward": jnp.mean(report.successful),
+        "gradient norm": optax.global_norm(gradient),
+    }
+    return eqx.apply_updates(model, updates), state, record
+
+
+def train(model, penalty=no_penalty, num_steps=200):
+    state = optimiser.init(eqx.filter(model, eqx.is_array))
+    rng = np.random.default_rng(0)
+    records = []
+    for step, key in enumerate(jr.split(jr.key(2), num_steps)):
+        rows = rng.integers(0, 1500, 64)
+        model, state, record = train_step(
+            model, state, pixels[rows], labels[rows], jnp.array(step), key, penalty
+        )
+        records.append({"step": step} | jax.device_get(record))
+    return model, records
+
+
+@eqx.filter_jit
+def test(model):
+    features = jax.vmap(model.stem)(test_pixels)
+    solution = jax.vmap(model.deq.solve)(features)
+    predicted = jnp.argmax(jax.vmap(model.head)(solution.z_star), 1)
+    radius = jax.vmap(
+        lambda z, x: inn.spectral_radius(model.deq.cell, z, x, key=jr.key(3))
+    )(solution.z_star, features)
+    return jnp.mean(predicted == test_labels), solution, radius
+
+
+def report(name, model):
+    accuracy, solution, radius = test(model)
+    success = jnp.mean(solution.result == optx.RESULTS.successful)
+    print(
+        f"{name:24} accuracy {accuracy:6.1%}  solved {success:6.1%}  "
+        f"evaluations {jnp.mean(solution.stats['nfe']):5.1f}  "
+        f"spectral radius {jnp.median(radius):.2f}"
+    )
+
+
+plain, plain_records = train(make_model())
+report("before training", make_model())
+report("trained", plain)
+
+# %% [markdown]
+# ## What it looks like
+#
+# First, `solution.result`: in training a solve that fails does not raise, it is
+# counted. Second, the residuals. Third, the spectrum of the cell's Jacobian at the
+# equilibrium: plain iteration converges if it lies in the unit circle, acceleration
+# reaches a little further, and the gradient does not exist where an eigenvalue is 1.
+
+# %%
+figure, axes = plt.subplots(1, 2, layout="constrained", figsize=(8, 3))
+plot.training(plain_records, ["forward", "backward"], axes=axes[0])
+axes[0].set(ylabel="successful solves", ylim=(-0.05, 1.05))
+plot.training(plain_records, ["gradient norm"], axes=axes[1])
+axes[1].set(yscale="log")
+plt.show()
+
+
+# %%
+def trace(model, max_steps=100):
+    def one_example(x):
+        x = model.stem(x)
+        z0 = model.deq.start(x)
+        return inn.residual_trace(
+            model.deq.cell, model.deq.solver, z0, x, max_steps=max_steps
+        )
+
+    return eqx.filter_jit(jax.vmap(one_example))(test_pixels[:64])
+
+
+def show_spectrum(model, axes):
+    x = model.stem(test_pixels[0])
+    plot.spectrum(inn.nn.resolve(model.deq.cell), model.deq(x), x, axes=axes)
+
+
+figure, axes = plt.subplots(1, 3, layout="constrained", figsize=(10, 3.2))
+plot.convergence({"before": trace(make_model()), "trained": trace(plain)}, axes=axes[0])
+show_spectrum(make_model(), axes[1])
+show_spectrum(plain, axes[2])
+plt.show()
+
+
+# %% [markdown]
+# ## Penalise the Jacobian
+#
+# `inn.jacobian_penalty` estimates the mean squared slope of the cell at the equilibrium
+# from one random vector. It need not be there in every step: `inn.sometimes` computes
+# it in a random part of them. And it need not be there from the start:
+# `inn.growing_weight` is a schedule for its weight.
+
+# %%
+weight = inn.growing_weight(initial=0.5, increment=0.5, every=100)
+
+
+def penalty(model, z, x, step, key):
+    def mean(key):
+        def one_example(z, x, key):
+            return inn.jacobian_penalty(model.deq.cell, z, x, key=key)
+
+        return jnp.mean(jax.vmap(one_example)(z, x, jr.split(key, len(x))))
+
+    return weight(step) * inn.sometimes(0.3, mean, key=key)
+
+
+models = {"plain": plain}
+models["Jacobian penalty"], _ = train(make_model(), penalty)
+report("Jacobian penalty", models["Jacobian penalty"])
+
+# %% [markdown]
+# ## Normalise the weights
+
+# %%
+cell = Cell(eqx.nn.Linear(64, 64, key=jr.key(1)))
+models["weight norm"], _ = train(make_model(inn.nn.weight_norm(cell)))
+models["spectral norm"], _ = train(make_model(inn.nn.spectral_norm(cell, bound=0.9)))
+for name in ("weight norm", "spectral norm"):
+    report(name, models[name])
+
+# %% [markdown]
+# ## Take a cell with a guarantee
+
+# %%
+well_posed = inn.nn.WellPosedCell(64, 64, bound=0.9, key=jr.key(1))
+models["WellPosedCell"], _ = train(make_model(well_posed))
+monotone = inn.nn.MonotoneCell(64, 64, key=jr.key(1))
+solver = inn.PeacemanRachford(rtol=1e-4, atol=0.0)
+models["MonotoneCell"], _ = train(make_model(monotone, solver))
+for name in ("WellPosedCell", "MonotoneCell"):
+    report(name, models[name])
+
+# %%
+figure, axes = plt.subplots(layout="constrained")
+plot.convergence({name: trace(model) for name, model in models.items()}, axes=axes)
+plt.show()
+
+# %% [markdown]
+# ## Catch what fails
+
+# %%
+adjoint = inn.ImplicitAdjoint(fallback=inn.NeumannSeries(5, damping=0.5))
+cautious, cautious_records = train(make_model(adjoint=adjoint))
+report("fallback", cautious)
+for name, records in {"plain": plain_records, "fallback": cautious_records}.items():
+    norms = np.array([record["gradient norm"] for record in records])
+    print(
+        f"{name:10} gradient norm: median {np.median(norms):.2f}, max {norms.max():.2f}"
+    )
