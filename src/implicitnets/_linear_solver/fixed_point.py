@@ -14,9 +14,10 @@ from .._misc import (
     tree_cast_like,
     working_dtype,
 )
+from .matrix_free import AbstractMatrixFreeSolver
 
 
-class FixedPointLinearSolver(lx.AbstractLinearSolver):
+class FixedPointLinearSolver(AbstractMatrixFreeSolver):
     r"""Solve a linear system by any Optimistix fixed-point solver.
 
     The solution of $A u = b$ is the fixed point of $u \mapsto u + A u - b$. For the
@@ -65,31 +66,20 @@ class FixedPointLinearSolver(lx.AbstractLinearSolver):
             "an integer of at least 1, or None",
         )
 
-    def init(
-        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> lx.AbstractLinearOperator:
-        """As `lineax.AbstractLinearSolver.init`."""
-        del options
-        if operator.in_structure() != operator.out_structure():
-            raise ValueError("`FixedPointLinearSolver` is for square operators only.")
-        return lx.linearise(operator)
-
-    def compute(
+    def solve(
         self,
-        state: lx.AbstractLinearOperator,
+        operator: lx.AbstractLinearOperator,
         vector: PyTree[Array],
         options: dict[str, Any],
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.compute`."""
-        if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
-            raise ValueError("`FixedPointLinearSolver` is for real vectors only.")
+        """As `AbstractMatrixFreeSolver.solve`."""
         dtype = working_dtype(vector)
 
         b = tree_astype(vector, dtype)
 
         def iteration(u, args):
             del args
-            product = tree_astype(state.mv(tree_cast_like(u, vector)), dtype)
+            product = tree_astype(operator.mv(tree_cast_like(u, vector)), dtype)
             return jtu.tree_map(lambda u, p, b: u + (p - b), u, product, b)
 
         start = options.get("y0", jtu.tree_map(jnp.negative, vector))
@@ -107,24 +97,6 @@ class FixedPointLinearSolver(lx.AbstractLinearSolver):
             _as_linear_result(solution.result),
             stats,
         )
-
-    def transpose(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.transpose`."""
-        # A start for one system is none for its transpose.
-        del options
-        return state.transpose(), {}
-
-    def conj(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.conj`."""
-        return lx.conj(state), options
-
-    def assume_full_rank(self) -> bool:
-        """As `lineax.AbstractLinearSolver.assume_full_rank`."""
-        return True
 
 
 class _NoAdjoint(optx.AbstractAdjoint):

@@ -24,6 +24,7 @@ from .._misc import (
     tree_dot,
     working_dtype,
 )
+from .matrix_free import AbstractMatrixFreeSolver
 
 
 # Orthogonalise a second time if less than this share of a product was left: what is
@@ -42,7 +43,7 @@ _ROUNDINGS = 4
 _STAGNATION = 0.999
 
 
-class GivensGMRES(lx.AbstractLinearSolver):
+class GivensGMRES(AbstractMatrixFreeSolver):
     r"""GMRES that knows its residual after every product, and stops there.
 
     The Hessenberg matrix is kept in triangular form by Givens rotations (Saad and
@@ -98,24 +99,13 @@ class GivensGMRES(lx.AbstractLinearSolver):
             "an integer of at least 1",
         )
 
-    def init(
-        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> lx.AbstractLinearOperator:
-        """As `lineax.AbstractLinearSolver.init`."""
-        del options
-        if operator.in_structure() != operator.out_structure():
-            raise ValueError("`GivensGMRES` is for square operators only.")
-        return lx.linearise(operator)
-
-    def compute(
+    def solve(
         self,
-        state: lx.AbstractLinearOperator,
+        operator: lx.AbstractLinearOperator,
         vector: PyTree[Array],
         options: dict[str, Any],
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.compute`."""
-        if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
-            raise ValueError("`GivensGMRES` is for real vectors only.")
+        """As `AbstractMatrixFreeSolver.solve`."""
         dtype = working_dtype(vector)
         structure = jax.eval_shape(lambda: vector)
 
@@ -126,7 +116,7 @@ class GivensGMRES(lx.AbstractLinearSolver):
             return jtu.tree_map(lambda a, s: a.astype(s.dtype), x, structure)
 
         def product(x):
-            return widen(state.mv(narrow(x)))
+            return widen(operator.mv(narrow(x)))
 
         preconditioner = options.get("preconditioner")
 
@@ -243,29 +233,6 @@ class GivensGMRES(lx.AbstractLinearSolver):
         result = lx.RESULTS.where(converged, lx.RESULTS.successful, result)
         stats = {"num_steps": solve.num_steps, "residual_norm": solve.residual_norm}
         return narrow(solve.solution), result, stats
-
-    def transpose(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.transpose`."""
-        # A start for one system is none for its transpose.
-        new_options = {}
-        if "preconditioner" in options:
-            new_options["preconditioner"] = options["preconditioner"].transpose()
-        return state.transpose(), new_options
-
-    def conj(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.conj`."""
-        new_options = dict(options)
-        if "preconditioner" in options:
-            new_options["preconditioner"] = lx.conj(options["preconditioner"])
-        return lx.conj(state), new_options
-
-    def assume_full_rank(self) -> bool:
-        """As `lineax.AbstractLinearSolver.assume_full_rank`."""
-        return True
 
 
 class _Solve(eqx.Module):

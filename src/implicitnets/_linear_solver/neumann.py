@@ -7,9 +7,10 @@ import lineax as lx
 from jaxtyping import Array, PyTree, ScalarLike
 
 from .._misc import check_hyperparameter, tree_astype, tree_cast_like, working_dtype
+from .matrix_free import AbstractMatrixFreeSolver
 
 
-class NeumannSeries(lx.AbstractLinearSolver):
+class NeumannSeries(AbstractMatrixFreeSolver):
     r"""The first terms of the Neumann series of a linear system's solution.
 
     The operator is taken as $A = J - I$, that of an implicit adjoint, for which with
@@ -51,51 +52,24 @@ class NeumannSeries(lx.AbstractLinearSolver):
                 self, "damping", 0 <= self.damping < 1, "in the interval [0, 1)"
             )
 
-    def init(
-        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> lx.AbstractLinearOperator:
-        """As `lineax.AbstractLinearSolver.init`."""
-        del options
-        if operator.in_structure() != operator.out_structure():
-            raise ValueError("`NeumannSeries` is for square operators only.")
-        return lx.linearise(operator)
-
-    def compute(
+    def solve(
         self,
-        state: lx.AbstractLinearOperator,
+        operator: lx.AbstractLinearOperator,
         vector: PyTree[Array],
         options: dict[str, Any],
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.compute`."""
+        """As `AbstractMatrixFreeSolver.solve`."""
         del options
-        if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
-            raise ValueError("`NeumannSeries` is for real vectors only.")
         dtype = working_dtype(vector)
         weight = 1 - jnp.asarray(self.damping, dtype)
         b = tree_astype(vector, dtype)
 
         # The sum as a damped iteration, which keeps one vector and not two.
         def add_term(_, u):
-            product = tree_astype(state.mv(tree_cast_like(u, vector)), dtype)
+            product = tree_astype(operator.mv(tree_cast_like(u, vector)), dtype)
             return jtu.tree_map(lambda u, p, b: u + weight * (p - b), u, product, b)
 
         first = jtu.tree_map(lambda b: -weight * b, b)
         solution = lax.fori_loop(1, self.num_terms, add_term, first)
         stats = {"num_steps": jnp.array(self.num_terms - 1)}
         return tree_cast_like(solution, vector), lx.RESULTS.successful, stats
-
-    def transpose(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.transpose`."""
-        return state.transpose(), options
-
-    def conj(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.conj`."""
-        return lx.conj(state), options
-
-    def assume_full_rank(self) -> bool:
-        """As `lineax.AbstractLinearSolver.assume_full_rank`."""
-        return True
