@@ -1,6 +1,11 @@
 """What the build of the site does beyond its plugins: see `mkdocs.yml`."""
 
+import html
+import os
+import re
+
 import griffe
+from latex2mathml.converter import convert
 
 
 # Where references of docstrings to the libraries underneath link to. Their own
@@ -11,6 +16,29 @@ PAGES = {
     "lineax/api/operators/": ["lineax.AbstractLinearOperator"],
     "lineax/api/solvers/": ["lineax.GMRES"],
 }
+
+# Mathematics in a page, as Arithmatex marks it, and in a Markdown cell of a tutorial.
+MARKED = re.compile(
+    r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL
+)
+CELL = re.compile(r'(?<=data-mime-type="text/markdown">).*?</div>', flags=re.DOTALL)
+DOLLARS = re.compile(r"(\$\$?)([^$]+)\1")
+
+
+def on_startup(command, dirty):
+    """Show the figures of the tutorials, whatever Matplotlib does elsewhere."""
+    del command, dirty
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+
+
+def on_page_content(content, page, config, files):
+    """Mathematics as MathML, which browsers show by themselves."""
+    del page, config, files
+    content = MARKED.sub(lambda m: _mathml(m[2], m[1] == "div"), content)
+    return CELL.sub(
+        lambda cell: DOLLARS.sub(lambda m: _mathml(m[2], m[1] == "$$"), cell[0]),
+        content,
+    )
 
 
 def on_env(env, config, files):
@@ -28,3 +56,7 @@ class DropInheritedInit(griffe.Extension):
         del kwargs
         if func.name == "__init__":
             func.docstring = None
+
+
+def _mathml(latex: str, block: bool) -> str:
+    return convert(html.unescape(latex), display="block" if block else "inline")
