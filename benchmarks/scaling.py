@@ -37,11 +37,11 @@ HISTORY_RADIUS = 0.99
 class Config(Settings):
     """Vary one size at a time."""
 
-    states: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    states: tuple[int, ...] = (64, 256, 1024)
     """Sizes of the state."""
-    batches: tuple[int, ...] = (1, 8, 32, 128, 512)
+    batches: tuple[int, ...] = (1, 8, 64, 512)
     """Sizes of the batch."""
-    histories: tuple[int, ...] = (2, 5, 10, 20, 40)
+    histories: tuple[int, ...] = (2, 5, 10, 20)
     """Sizes of a solver's history."""
     devices: tuple[int, ...] = (1, 2, 4)
     """Numbers of simulated devices that share a batch."""

@@ -87,12 +87,15 @@ def select(rows: list[Row], *columns: str) -> list[Row]:
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
+def digits(number: float) -> str:
+    """A number with two digits, or all that it has before the point."""
+    return f"{number:.2g}" if number < 10 else f"{number:.0f}"
+
+
 def times(ratios: list[float]) -> str:
     """A range of ratios in words."""
-    low, high = min(ratios), max(ratios)
-    if f"{low:.2g}" == f"{high:.2g}":
-        return f"{low:.2g} times"
-    return f"{low:.2g} to {high:.2g} times"
+    low, high = digits(min(ratios)), digits(max(ratios))
+    return f"{low} times" if low == high else f"{low} to {high} times"
 
 
 def fastest(rows: list[Row], column: str) -> Row:
@@ -125,7 +128,7 @@ def dots(
     return figure
 
 
-def lines(axis: Axes, x: str, curves: Mapping[str, list[tuple[float, float]]]):
+def lines(axis: Axes, x: str, curves: Mapping[str, list[tuple[float, float]]]) -> None:
     """Curves on logarithmic axes."""
     for marker, (name, points) in zip(MARKERS, curves.items(), strict=False):
         axis.loglog(*np.reshape(points, (-1, 2)).T, marker=marker, label=name)
@@ -229,7 +232,7 @@ def solver_sentences(tables: Tables) -> str:
     wrong = sum(row["result"].startswith("WRONG") for row in rows)
     return (
         f"Of {len(rows)} solves, {wrong} claimed a success that they had not. "
-        f"The fastest: {', '.join(best)}."
+        f"The fastest: {'; '.join(best)}."
     )
 
 
@@ -259,8 +262,8 @@ def continuous_sentences(tables: Tables) -> str:
         }
         ratio = best["continuous"][GRADIENT] / best["discrete"][GRADIENT]
         told.append(
-            f"on {name} {best['continuous']['method']} takes {ratio:.2g} times as long "
-            f"as {best['discrete']['method']}"
+            f"on {name} {best['continuous']['method']} takes {digits(ratio)} times "
+            f"as long as {best['discrete']['method']}"
         )
     return f"The fastest of each kind: {'; '.join(told)}."
 
@@ -276,7 +279,7 @@ def gradient_sentences(tables: Tables) -> str:
     }
     exact = [name for name, error in worst.items() if error <= LARGEST_ERROR]
     return (
-        f"On every problem within an error of {LARGEST_ERROR:.0%}: {', '.join(exact)}. "
+        f"On every problem within an error of {LARGEST_ERROR:.0%}: {'; '.join(exact)}. "
         "The others trade error for time, and their error grows with the spectral "
         "radius."
     )
@@ -314,8 +317,10 @@ def memory_figure(tables: Tables) -> Figure:
 
 def memory_sentences(tables: Tables) -> str:
     first, last = tables["memory"][0], tables["memory"][-1]
-    growth = ", ".join(
-        f"{name} {last[name] / first[name]:.2g}" for name in first if name != "steps"
+    growth = "; ".join(
+        f"{name}: {digits(last[name] / first[name])}"
+        for name in first
+        if name != "steps"
     )
     return (
         f"The memory of a gradient with {last['steps']} steps over that with "
@@ -345,7 +350,7 @@ def linear_solver_sentences(tables: Tables) -> str:
     for solver in distinct(rows, "linear solver"):
         chosen = [row for row in rows if row["linear solver"] == solver]
         slower = [row[BACKWARD] / best[row["problem"]][BACKWARD] for row in chosen]
-        told.append(f"{solver} {max(slower):.2g} ({len(chosen)})")
+        told.append(f"{solver}: {digits(max(slower))} ({len(chosen)})")
     return (
         "The most times that each took as long as the fastest, and on how many of the "
         f"{len(best)} problems its gradient was accurate: {'; '.join(told)}."
@@ -365,7 +370,7 @@ def peer_sentences(tables: Tables) -> str:
                 ratios.setdefault(library, []).append(ratio)
     if not ratios:
         return "No other library could be imported."
-    told = [f"{library} {times(found)}" for library, found in ratios.items()]
+    told = [f"{library}: {times(found)}" for library, found in ratios.items()]
     return (
         "The time of each library's fastest method that passed its check, relative to "
         f"ours, over the problems: {'; '.join(told)}."
@@ -423,7 +428,7 @@ def compile_sentences(tables: Tables) -> str:
     seconds = [row[COMPILE] for row in tables["rows"] if row.get(COMPILE) is not None]
     return (
         f"The first result of a compiled solve and gradient is there after "
-        f"{min(seconds):.2g} to {max(seconds):.2g} seconds."
+        f"{digits(min(seconds))} to {digits(max(seconds))} seconds."
     )
 
 
@@ -444,8 +449,8 @@ SECTIONS = (
                 neural_ode_sentences,
             ),
         ),
-        minutes=6,
-        options=("--seeds", "1"),
+        minutes=8,
+        options=("--repeats", "5", "--seeds", "1"),
         quick=("--repeats", "1", "--steps", "10", "--seeds", "1"),
         takes="data_dir",
     ),
@@ -492,8 +497,11 @@ SECTIONS = (
                 evaluation_sentences,
             ),
         ),
-        minutes=9,
-        options=("--repeats", "3"),
+        minutes=10,
+        options=(
+            *("--repeats", "3", "--problems"),
+            *("dense-0.9", "dense-0.99", "dense-1.2", "trained", "lin"),
+        ),
         quick=("--repeats", "1", "--problems", "lin"),
     ),
     Section(
@@ -549,7 +557,7 @@ SECTIONS = (
                 memory_sentences,
             ),
         ),
-        minutes=6,
+        minutes=10,
         options=("--repeats", "3"),
         quick=("--repeats", "1", "--batch", "1"),
     ),
@@ -568,7 +576,7 @@ SECTIONS = (
                 linear_solver_sentences,
             ),
         ),
-        minutes=5,
+        minutes=6,
         options=("--repeats", "3"),
         quick=("--repeats", "1", "--batch", "1"),
     ),
@@ -587,7 +595,7 @@ SECTIONS = (
                 peer_sentences,
             ),
         ),
-        minutes=14,
+        minutes=15,
         options=("--repeats", "3"),
         quick=("--repeats", "1", "--problems", "lin"),
         takes="python",
@@ -614,7 +622,7 @@ SECTIONS = (
                 compile_sentences,
             ),
         ),
-        minutes=5,
+        minutes=8,
         options=("--repeats", "5"),
         quick=(
             *("--repeats", "1", "--states", "32", "64", "--batches", "2", "4"),
