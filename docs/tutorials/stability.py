@@ -223,6 +223,12 @@ report("Jacobian penalty", models["Jacobian penalty"])
 
 # %% [markdown]
 # ## Normalise the weights
+#
+# `inn.nn.weight_norm` trains the length and the direction of each row apart: a better
+# conditioned way to the same weights, and no bound. `inn.nn.spectral_norm` bounds the
+# two-norm of each weight. As the slope of the hyperbolic tangent is at most one, a
+# bound of 0.9 makes the cell a contraction: one equilibrium, and plain iteration finds
+# it. The price is what such a cell cannot express.
 
 # %%
 cell = Cell(eqx.nn.Linear(64, 64, key=jr.key(1)))
@@ -233,6 +239,11 @@ for name in ("weight norm", "spectral norm"):
 
 # %% [markdown]
 # ## Take a cell with a guarantee
+#
+# `inn.nn.WellPosedCell` is a contraction in the maximum norm, by construction.
+# `inn.nn.MonotoneCell` has one equilibrium for every input whatever its weights are,
+# also where plain iteration diverges: its spectral radius may be above one. Operator
+# splitting always converges to it, so that is the solver to take.
 
 # %%
 well_posed = inn.nn.WellPosedCell(64, 64, bound=0.9, key=jr.key(1))
@@ -244,12 +255,17 @@ for name in ("WellPosedCell", "MonotoneCell"):
     report(name, models[name])
 
 # %%
-figure, axes = plt.subplots(layout="constrained")
-plot.convergence({name: trace(model) for name, model in models.items()}, axes=axes)
+names = ("plain", "Jacobian penalty", "spectral norm", "MonotoneCell")
+plot.convergence({name: trace(models[name]) for name in names})
 plt.show()
 
 # %% [markdown]
 # ## Catch what fails
+#
+# A backward solve that fails returns the best that it found, which may be a long vector
+# in a wrong direction. With a `fallback`, the examples whose solve failed, and only
+# they, get the gradient of something that cannot fail: five terms of a damped Neumann
+# series.
 
 # %%
 adjoint = inn.ImplicitAdjoint(fallback=inn.NeumannSeries(5, damping=0.5))
@@ -257,6 +273,8 @@ cautious, cautious_records = train(make_model(adjoint=adjoint))
 report("fallback", cautious)
 for name, records in {"plain": plain_records, "fallback": cautious_records}.items():
     norms = np.array([record["gradient norm"] for record in records])
+    failed = 1 - np.mean([record["backward"] for record in records])
     print(
-        f"{name:10} gradient norm: median {np.median(norms):.2f}, max {norms.max():.2f}"
+        f"{name:9} failed backward solves {failed:.1%}, "
+        f"gradient norm: median {np.median(norms):.2f}, largest {norms.max():.2f}"
     )
