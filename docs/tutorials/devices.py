@@ -1,0 +1,247 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Many devices, checkpoints, export
+#
+# Nothing of an equilibrium layer is special to JAX. So what JAX does with any function
+# it does with a solve: split it over devices, save what it depends on, ship it to
+# another machine. This page does all three on a CPU that pretends to be four devices.
+# The same lines serve four GPUs, without the first two settings.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.export
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import optimistix as optx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from sklearn.datasets import load_digits
+
+import implicitnets as inn
+
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+print(jax.devices())
+
+# %% [markdown]
+# The model is that of [Choose a solver](../solvers/), a dense cell with 64 units
+# between two linear layers, on scikit-learn's digits.
+
+
+# %%
+class Cell(eqx.Module):
+    hidden: eqx.nn.Linear
+
+    def __call__(self, z, x):
+        return jnp.tanh(self.hidden(z) + x)
+
+
+class Classifier(eqx.Module):
+    stem: eqx.nn.Linear
+    deq: inn.DeepEquilibriumNetwork
+    head: eqx.nn.Linear
+
+    def __init__(self, key, rtol=1e-4):
+        keys = jr.split(key, 3)
+        self.stem = eqx.nn.Linear(64, 64, key=keys[0])
+        self.deq = inn.DeepEquilibriumNetwork(
+            Cell(eqx.nn.Linear(64, 64, key=keys[1])),
+            inn.AndersonAcceleration(rtol, atol=0.0),
+        )
+        self.head = eqx.nn.Linear(64, 10, key=keys[2])
+
+    def __call__(self, x):
+        return self.head(self.deq(self.stem(x)))
+
+
+pixels, labels = load_digits(return_X_y=True)
+pixels = np.asarray(pixels / 16, np.float32)
+model = Classifier(jr.key(0))
+params, static = eqx.partition(model, eqx.is_array)
+
+
+def loss_fn(params, x, y):
+    logits = jax.vmap(eqx.combine(params, static))(x)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+
+gradient = jax.jit(jax.grad(loss_fn))
+
+# %% [markdown]
+# ## A batch over four devices
+#
+# The weights go to every device, and a quarter of the batch to each. The code stays as
+# it is: the compiler splits the solve and its gradient, and adds up what the devices
+# have found.
+
+# %%
+mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
+everywhere = NamedSharding(mesh, PartitionSpec())
+split = NamedSharding(mesh, PartitionSpec("batch"))
+
+batch = pixels[:64], labels[:64]
+alone = gradient(*jax.device_put((params, *batch), jax.devices()[0]))
+together = gradient(jax.device_put(params, everywhere), *jax.device_put(batch, split))
+
+
+def relative_difference(found, wanted):
+    found, wanted = jax.device_get((found, wanted))
+    difference = optx.two_norm(jax.tree.map(np.subtract, found, wanted))
+    return f"{difference / optx.two_norm(wanted):.0e}"
+
+
+print("relative difference to one device:", relative_difference(together, alone))
+
+# %% [markdown]
+# Nor does the training step change.
+
+# %%
+optimiser = optax.adam(1e-3)
+
+
+@jax.jit
+def train_step(params, state, x, y):
+    loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+    updates, state = optimiser.update(grads, state)
+    return optax.apply_updates(params, updates), state, loss
+
+
+def train(params, state, steps):
+    losses = []
+    for step in steps:
+        rows = np.random.default_rng(step).integers(0, 1500, 64)
+        x, y = jax.device_put((pixels[rows], labels[rows]), split)
+        params, state, loss = train_step(params, state, x, y)
+        losses.append(float(loss))
+    return params, state, losses
+
+
+start = jax.device_put((params, optimiser.init(params)), everywhere)
+params, state, before = train(*start, range(100))
+print(f"loss {before[0]:.3f} at first, {before[-1]:.3f} after 100 steps")
+
+# %% [markdown]
+# ## Who waits for whom
+#
+# Under `vmap` an example that has converged is left as it is, and the loop goes on for
+# the others. Split by the compiler, that is one loop on all devices: in every step they
+# ask each other whether anyone has not yet converged. With `jax.shard_map` every device
+# runs a loop of its own, and they do not talk before the end. The results are the same
+# but for rounding.
+
+
+# %%
+def num_steps(params, x):
+    model = eqx.combine(params, static)
+    return jax.vmap(lambda x: model.deq.solve(model.stem(x)).stats["num_steps"])(x)
+
+
+each_for_itself = jax.shard_map(
+    num_steps,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec("batch")),
+    out_specs=PartitionSpec("batch"),
+    check_vma=False,
+)
+x = jax.device_put(pixels[1500:1564], split)
+steps = jax.jit(num_steps)(params, x)
+same = jnp.all(steps == jax.jit(each_for_itself)(params, x))
+print("the same numbers of steps:", bool(same))
+
+figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+for shard in steps.addressable_shards:
+    rows = np.arange(64)[shard.index]
+    found = np.asarray(shard.data)
+    bars = axis.bar(rows, found, label=f"device {shard.device.id}")
+    axis.hlines(found.max(), rows[0], rows[-1], color=bars[0].get_facecolor())
+axis.axhline(steps.max(), color="grey", linestyle="--")
+axis.set(xlabel="example", ylabel="solver steps")
+axis.legend(ncols=4, loc="lower center")
+plt.show()
+
+# %% [markdown]
+# The dashed line is where one loop for all ends, the lines over the bars are where four
+# loops end.
+#
+# One caution, for CPUs only. The library brings convolutions in loops into the one form
+# that XLA runs fast on CPU. Where it compiles for a mesh, XLA (of jaxlib 0.10) undoes
+# that, and a convolutional cell runs several times slower. GPUs are not affected, nor
+# are dense cells.
+#
+# ## Checkpoints
+#
+# A model is a pytree. `eqx.tree_serialise_leaves` writes its leaves into a file, and
+# those of the optimiser's state; to read them takes something of the same structure,
+# such as the start of the training. Training then goes on as if nothing had happened.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "checkpoint.eqx"
+    eqx.tree_serialise_leaves(path, (params, state))
+    restored = eqx.tree_deserialise_leaves(path, start)
+
+_, _, onwards = train(params, state, range(100, 150))
+_, _, resumed = train(*jax.device_put(restored, everywhere), range(100, 150))
+print("the same losses to the last bit:", onwards == resumed)
+
+figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+axis.semilogy(range(100), before, label="before the checkpoint")
+axis.semilogy(range(100, 150), onwards, linewidth=4, alpha=0.4, label="went on")
+axis.semilogy(range(100, 150), resumed, label="restored")
+axis.set(xlabel="step", ylabel="loss")
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# Those were arrays alone. Of a whole model, the numbers of its solver are leaves as
+# well. So what is read has the tolerances that were saved, whatever those of the model
+# that it is read into.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "model.eqx"
+    eqx.tree_serialise_leaves(path, eqx.combine(params, static))
+    read = eqx.tree_deserialise_leaves(path, Classifier(jr.key(1), rtol=1e-2))
+print(f"saved {model.deq.solver.rtol}, read into 0.01, got {read.deq.solver.rtol}")
+
+# %% [markdown]
+# For runs that may be killed at any moment, `benchmarks/train.py` keeps checkpoints by
+# Orbax: written beside the training, complete or not there at all, and refused by a
+# run with other settings.
+#
+# ## Export
+#
+# `jax.export` compiles a function for machines that are not here, as far as that can be
+# done without them. A solve has no callback to Python in it and its gradient neither,
+# so the whole of a training gradient can go: here for CPU, CUDA and TPU at once.
+
+# %%
+here = jax.device_put((params, *batch), jax.devices()[0])
+exported = jax.export.export(gradient, platforms=("cpu", "cuda", "tpu"))(*here)
+print(exported.platforms, f"{len(exported.mlir_module_serialized) / 1e3:.0f} kB")
+print("callbacks:", "callback" in exported.mlir_module())
+difference = relative_difference(exported.call(*here), gradient(*here))
+print("relative difference of the exported gradient:", difference)
+
+# %% [markdown]
+# `exported.serialize()` makes bytes of it, for which JAX needs the package
+# `flatbuffers`, and `jax.export.deserialize` a function again, on a machine that needs
+# neither this library nor the model's code.
