@@ -111,6 +111,7 @@ def run(section: Section, config: Config) -> Record:
             # With the processes that it has started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     record = {
         "status": status,
         "seconds": time.perf_counter() - start,
