@@ -76,7 +76,7 @@ def models() -> list[tuple[str, Model]]:
     controller = dfx.PIDController(rtol=TOLERANCE, atol=TOLERANCE)
     checkpointed = dfx.RecursiveCheckpointAdjoint()
     backsolve = dfx.BacksolveAdjoint(stepsize_controller=controller)
-    # Back from a time at which the flow has come to rest there is no way to solve it.
+    # Backwards from time 10, where the flow is at rest, it is too unstable to solve.
     neural = {
         "Tsit5 to time 1, checkpointed": neural_ode(1.0, checkpointed),
         "Tsit5 to time 1, solved backwards": neural_ode(1.0, backsolve),

@@ -500,7 +500,7 @@ SECTIONS = (
         minutes=10,
         options=(
             *("--repeats", "3", "--problems"),
-            *("dense-0.9", "dense-0.99", "dense-1.2", "trained", "lin"),
+            *("dense-0.9", "dense-1.2", "trained", "lin"),
         ),
         quick=("--repeats", "1", "--problems", "lin"),
     ),
