@@ -73,6 +73,22 @@ RECIPES: dict[str, tuple[str, Config]] = {
             training=TrainingOptions(epochs=50, batch_size=100),
         ),
     ),
+    "resnet-fashion": (
+        "The residual network of JAXopt's example, for 30 minutes on Fashion-MNIST.",
+        Config(
+            ResNetOptions(channels=24, inner_channels=32, pool_stride=4),
+            DataOptions("fashion_mnist", standardise=True),
+            EquilibriumOptions(
+                "anderson",
+                rtol=1e-2,
+                max_steps=4,
+                test_max_steps=8,
+                adjoint="jacobian-free",
+            ),
+            OptimiserOptions(learning_rate=2e-3, schedule="cosine", warmup_steps=100),
+            training=TrainingOptions(epochs=3, batch_size=50),
+        ),
+    ),
     "mdeq-tiny": (
         "The smallest multiscale network of Bai et al. (2020), for CIFAR-10.",
         Config(

@@ -149,7 +149,7 @@ class Trainer:
             self.placement.split,
         )
         self.compile_seconds = 0.0
-        self._compiled: dict[Any, Callable] = {}
+        self._compiled: dict[Any, Any] = {}
 
     def facts(self) -> dict[str, Any]:
         """All that decides the result, for checkpoints to compare."""
@@ -229,6 +229,16 @@ class Trainer:
             result["bits_per_token"] = result["loss"] / math.log(2)
             result["perplexity"] = float(np.exp(result["loss"]))
         return result
+
+    def training_memory(self, fixed_depth: int) -> int:
+        """The bytes that a training step takes besides what it is given and returns.
+
+        **Arguments:**
+
+        - `fixed_depth`: of the step, which there has been one of; 0 is implicit.
+        """
+        compiled = self._compiled["update", fixed_depth].compiled
+        return compiled.memory_analysis().temp_size_in_bytes
 
     def _update(self, state, batch):
         keys = jr.split(jr.fold_in(self.training_key, state.step))

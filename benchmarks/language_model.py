@@ -1,0 +1,144 @@
+"""Is an equilibrium worth more than as many layers with the same weights?
+
+Trains the transformer on the characters of a text twice, for the same number of steps
+of the same batches: once to its equilibrium, after some steps of pretraining, and once
+as an ordinary transformer whose layers share their weights, as many as the equilibrium
+took evaluations of the cell. Prints the bits that a character of the test text takes,
+and the memory that a training step does.
+"""
+
+import dataclasses
+import math
+import pathlib
+import time
+
+import equinox as eqx
+import jax.tree_util as jtu
+import tyro
+from config import Config, TrainingOptions
+from data import Data, DataOptions, load
+from equilibrium import EquilibriumOptions
+from measure import plt, print_table, progress, Row, save, Settings
+from metrics import means
+from networks import TransformerOptions
+from optimiser import OptimiserOptions
+from trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageSettings(Settings):
+    """Compare an equilibrium with a stack of layers."""
+
+    text: pathlib.Path = pathlib.Path("text.txt")
+    """The file to learn; its last tenth is the test text."""
+    test_size: int = 100_000
+    """Test on so many characters only."""
+    steps: int = 1000
+    """Training steps of each model."""
+    pretraining_steps: int = 300
+    """Those of the equilibrium model with the cell unrolled three times."""
+    batch_size: int = 16
+    """Streams of text in a step, of which it sees 128 characters each."""
+    model: TransformerOptions = TransformerOptions(dropout=0.0)
+    """The sizes."""
+    equilibrium: EquilibriumOptions = EquilibriumOptions(
+        rtol=1e-2, max_steps=12, adjoint_rtol=1e-2, adjoint_max_steps=12
+    )
+    """The solver and the adjoint."""
+    optimiser: OptimiserOptions = OptimiserOptions(
+        learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip=0.25
+    )
+    """Of both models."""
+
+
+def train(
+    settings: LanguageSettings, data: Data, name: str, training: TrainingOptions
+) -> tuple[Row, list[float]]:
+    """Train one of the models.
+
+    **Arguments:**
+
+    - `settings`: the options.
+    - `data`: the text.
+    - `name`: of the model.
+    - `training`: how much of it at a fixed depth.
+
+    **Returns:**
+
+    Its row of the table, and the bits of a training character in every step.
+    """
+    config = Config(
+        settings.model,
+        equilibrium=settings.equilibrium,
+        optimiser=settings.optimiser,
+        training=training,
+    )
+    trainer = Trainer(config, data)
+    state = trainer.start()
+    history, start = [], time.perf_counter()
+    for step in progress(range(trainer.plan.total_steps), name):
+        state, metrics = trainer.train_step(state, step)
+        history.append(means([metrics])["loss"] / math.log(2))
+    seconds = time.perf_counter() - start - trainer.compile_seconds
+    found = trainer.test(state)
+    weights = jtu.tree_leaves(eqx.filter(state.network, eqx.is_inexact_array))
+    row = {
+        "model": name,
+        "parameters": sum(leaf.size for leaf in weights),
+        "evaluations": found["evaluations"],
+        "bits per character": found["bits_per_token"],
+        "residual": found["residual"],
+        "spectral radius": found["spectral_radius_mean"],
+        "training step (ms)": 1e3 * seconds / len(history),
+        "training memory (MB)": 1e-6
+        * trainer.training_memory(state.network.layer.fixed_depth),
+    }
+    return row, history
+
+
+def main() -> None:
+    settings = tyro.cli(LanguageSettings)
+    data = load(
+        DataOptions(
+            "text",
+            data_dir=settings.text,
+            level="character",
+            test_size=settings.test_size,
+        )
+    )
+    steps_per_epoch = data.train.steps_per_epoch(settings.batch_size)
+    options = TrainingOptions(
+        pretraining_epochs=settings.pretraining_steps / steps_per_epoch,
+        pretraining_depth=3,
+        epochs=(settings.steps - settings.pretraining_steps) / steps_per_epoch,
+        batch_size=settings.batch_size,
+    )
+    rows, histories = [], {}
+
+    def add(name, options):
+        row, histories[name] = train(settings, data, name, options)
+        rows.append(row)
+        print_table(name, [row])
+
+    add("equilibrium", options)
+    depth = round(rows[0]["evaluations"])
+    add(
+        f"{depth} layers",
+        dataclasses.replace(
+            options,
+            pretraining_epochs=settings.steps / steps_per_epoch,
+            pretraining_depth=depth,
+            epochs=0.0,
+        ),
+    )
+    print_table("Language models", rows)
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, history in histories.items():
+        axis.plot(history, label=name, linewidth=0.8)
+    axis.set(xlabel="training step", ylabel="bits per character", ylim=(None, 5))
+    axis.legend()
+    save(settings, "language_model", {"rows": rows}, figure)
+
+
+if __name__ == "__main__":
+    main()
