@@ -38,12 +38,14 @@ class OptimiserOptions:
     """How strongly weights are drawn to zero."""
     clip: float | None = None
     """The largest norm of a gradient."""
+    accumulate: int = 1
+    """Training steps whose mean gradient changes the weights once."""
 
     def __post_init__(self):
         for name in ("warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be non-negative.")
-        for name in ("learning_rate", "step_epochs", "clip"):
+        for name in ("learning_rate", "step_epochs", "clip", "accumulate"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive; got {value}.")
 
@@ -90,6 +92,9 @@ def make_optimiser(
         "sgd": [decay, optax.trace(options.momentum, nesterov=True)],
     }
     clip = [] if options.clip is None else [optax.clip_by_global_norm(options.clip)]
-    return optax.chain(
-        *clip, *optimisers[options.optimiser], optax.scale_by_learning_rate(schedule)
-    )
+    # It counts the changes, and the schedule counts training steps.
+    rate = optax.scale_by_learning_rate(lambda n: schedule(n * options.accumulate))
+    optimiser = optax.chain(*clip, *optimisers[options.optimiser], rate)
+    if options.accumulate == 1:
+        return optimiser
+    return optax.MultiSteps(optimiser, options.accumulate).gradient_transformation()

@@ -259,6 +259,7 @@ def test_one_sentence_for_what_cannot_be_read(monkeypatch, tmp_path):
         (RunOptions, "log_every", 0),
         (OptimiserOptions, "clip", 0.0),
         (OptimiserOptions, "warmup_steps", -1),
+        (OptimiserOptions, "accumulate", 0),
     ],
 )
 def test_options_are_checked(options, name, value):
@@ -295,6 +296,23 @@ def test_optimisers_descend_and_decay(name):
         updates, _ = optimiser.update(gradient, optimiser.init(point), point)
         updates = np.asarray(updates)
         assert (updates < 0).all() and (updates > -0.3).all()
+
+
+def test_gradients_accumulate():
+    """Two steps change the weights once, by their mean gradient, at the rate of their
+    place in the schedule."""
+    options = OptimiserOptions("sgd", momentum=0.0, accumulate=2)
+    optimiser = make_optimiser(options, lambda step: 0.1 * (1 + step))
+    point = jnp.ones(2)
+    state = optimiser.init(point)
+    found = []
+    for gradient in (1.0, 3.0, 2.0, 4.0):
+        updates, state = optimiser.update(jnp.full(2, gradient), state, point)
+        found.append(np.asarray(updates))
+    np.testing.assert_allclose(found[0], 0)
+    np.testing.assert_allclose(found[1], -0.1 * 2, rtol=1e-6)
+    np.testing.assert_allclose(found[2], 0)
+    np.testing.assert_allclose(found[3], -0.3 * 3, rtol=1e-6)
 
 
 def test_jacobian_schedule():
@@ -366,6 +384,7 @@ def test_memory_of_text():
     for step, num_positions in enumerate((4, 5, 5, 4)):
         state, _ = trainer.train_step(state, step)
         assert list(state.memory.num_positions) == 2 * [num_positions]
+    assert trainer.training_memory(fixed_depth=1) > 0
     found = trainer.test(state)
     np.testing.assert_allclose(found["perplexity"], 2 ** found["bits_per_token"])
 
