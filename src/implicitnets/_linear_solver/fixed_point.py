@@ -66,13 +66,13 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             "an integer of at least 1, or None",
         )
 
-    def solve(
+    def _solve(
         self,
         operator: lx.AbstractLinearOperator,
         vector: PyTree[Array],
         options: dict[str, Any],
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `AbstractMatrixFreeSolver.solve`."""
+        """As `AbstractMatrixFreeSolver._solve`."""
         dtype = working_dtype(vector)
 
         b = tree_astype(vector, dtype)

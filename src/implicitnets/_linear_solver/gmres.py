@@ -99,13 +99,13 @@ class GivensGMRES(AbstractMatrixFreeSolver):
             "an integer of at least 1",
         )
 
-    def solve(
+    def _solve(
         self,
         operator: lx.AbstractLinearOperator,
         vector: PyTree[Array],
         options: dict[str, Any],
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `AbstractMatrixFreeSolver.solve`."""
+        """As `AbstractMatrixFreeSolver._solve`."""
         dtype = working_dtype(vector)
         structure = jax.eval_shape(lambda: vector)
 

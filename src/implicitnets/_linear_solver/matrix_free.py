@@ -14,7 +14,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
     """
 
     @abc.abstractmethod
-    def solve(
+    def _solve(
         self,
         operator: lx.AbstractLinearOperator,
         vector: PyTree[Array],
@@ -52,7 +52,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
         """As `lineax.AbstractLinearSolver.compute`."""
         if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
             raise ValueError(f"`{type(self).__name__}` is for real vectors only.")
-        return self.solve(state, vector, options)
+        return self._solve(state, vector, options)
 
     def transpose(
         self, state: lx.AbstractLinearOperator, options: dict[str, Any]

@@ -52,13 +52,13 @@ class NeumannSeries(AbstractMatrixFreeSolver):
                 self, "damping", 0 <= self.damping < 1, "in the interval [0, 1)"
             )
 
-    def solve(
+    def _solve(
         self,
         operator: lx.AbstractLinearOperator,
         vector: PyTree[Array],
         options: dict[str, Any],
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `AbstractMatrixFreeSolver.solve`."""
+        """As `AbstractMatrixFreeSolver._solve`."""
         del options
         dtype = working_dtype(vector)
         weight = 1 - jnp.asarray(self.damping, dtype)
