@@ -39,8 +39,9 @@ computed by one command on the machine named at the end:
 python benchmarks/report.py
 ```
 
-Times are medians of repeats in turns; a residual and a gradient are checked against a
-float64 reference before a time is shown. The tables are also in
+Times are medians of repeats in turns. Where weights are given, a residual and a
+gradient are checked against a float64 reference before a time is shown; where they are
+trained, the accuracy stands beside it. The tables are also in
 [one JSON file](report/report.json).
 """
 

@@ -47,22 +47,18 @@ class Config(Settings):
     """Numbers of simulated devices that share a batch."""
 
 
-def anderson(problem: Problem) -> Method:
-    """The default solver."""
-    return Method("Anderson", inn.AndersonAcceleration(problem.rtol, 0.0))
-
-
-def broyden(problem: Problem) -> Method:
-    """The other one with a history."""
-    return Method("Broyden", inn.Broyden(problem.rtol, 0.0))
+def methods(problem: Problem, **options: int) -> list[Method]:
+    """The solvers with a history, the default one first."""
+    kinds = {"Anderson": inn.AndersonAcceleration, "Broyden": inn.Broyden}
+    return [Method(n, kind(problem.rtol, 0.0, **options)) for n, kind in kinds.items()]
 
 
 def compare(
-    config: Config, what: str, size: int, problem: Problem, methods: list[Method]
+    config: Config, what: str, size: int, problem: Problem, **options: int
 ) -> list[Row]:
-    """Table rows of some methods on a problem, of which `what` is `size`."""
+    """Table rows of the solvers on a problem, of which `what` is `size`."""
     ref = reference(problem)
-    prepared = [prepare(problem, ref, method) for method in methods]
+    prepared = [prepare(problem, ref, m) for m in methods(problem, **options)]
     rows = time_rows(prepared, config.repeats, f"{what} {size}, timing")
     return [{"varied": what, "size": size, **row} for row in rows]
 
@@ -71,9 +67,7 @@ def states(config: Config) -> list[Row]:
     """Rows for every size of the state."""
     rows = []
     for size in progress(config.states, "state"):
-        problem = dense_tanh(RADIUS, size, batch=32)
-        methods = [anderson(problem), broyden(problem)]
-        rows += compare(config, "state", size, problem, methods)
+        rows += compare(config, "state", size, dense_tanh(RADIUS, size, batch=32))
     return rows
 
 
@@ -81,9 +75,7 @@ def batches(config: Config) -> list[Row]:
     """Rows for every size of the batch."""
     rows = []
     for size in progress(config.batches, "batch"):
-        problem = dense_tanh(RADIUS, batch=size)
-        methods = [anderson(problem), broyden(problem)]
-        rows += compare(config, "batch", size, problem, methods)
+        rows += compare(config, "batch", size, dense_tanh(RADIUS, batch=size))
     return rows
 
 
@@ -92,14 +84,7 @@ def histories(config: Config) -> list[Row]:
     problem = dense_tanh(HISTORY_RADIUS, batch=32)
     rows = []
     for size in progress(config.histories, "history"):
-        methods = [
-            Method(
-                "Anderson",
-                inn.AndersonAcceleration(problem.rtol, 0.0, history_size=size),
-            ),
-            Method("Broyden", inn.Broyden(problem.rtol, 0.0, history_size=size)),
-        ]
-        rows += compare(config, "history", size, problem, methods)
+        rows += compare(config, "history", size, problem, history_size=size)
     return rows
 
 
@@ -107,7 +92,7 @@ def devices(config: Config) -> list[Row]:
     """Rows for every number of devices, of a batch that they share."""
     problem = dense_tanh(RADIUS, size=512)
     ref = reference(problem)
-    method = anderson(problem)
+    method = methods(problem)[0]
     program = gradient_program(problem, method)
     rows, calls = [], {}
     for number in progress(config.devices, "devices"):

@@ -128,6 +128,30 @@ def dots(
     return figure
 
 
+def every_row(tables: Tables) -> list[Row]:
+    """The rows of most scripts."""
+    return tables["rows"]
+
+
+def on_problems(
+    name: str,
+    caption: str,
+    index: tuple[str, ...],
+    value: str,
+    unit: str,
+    say: Callable[[Tables], str],
+    rows: Callable[[Tables], list[Row]] = every_row,
+) -> Exhibit:
+    """One column of a script's rows: a line for every `index`, for every problem."""
+    return Exhibit(
+        name,
+        caption,
+        lambda t: pivot(rows(t), index, "problem", value),
+        lambda t: dots(rows(t), index, "problem", value, unit),
+        say,
+    )
+
+
 def lines(axis: Axes, x: str, curves: Mapping[str, list[tuple[float, float]]]) -> None:
     """Curves on logarithmic axes."""
     for marker, (name, points) in zip(MARKERS, curves.items(), strict=False):
@@ -480,21 +504,17 @@ SECTIONS = (
         "What does every solver need, on maps from easy to expansive, and does it ever "
         "claim a success it had not?",
         (
-            Exhibit(
-                "solvers",
-                "Time of a solve",
-                lambda t: pivot(t["rows"], ("method",), "problem", SOLVE),
-                lambda t: dots(t["rows"], ("method",), "problem", SOLVE, "ms"),
-                solver_sentences,
+            on_problems(
+                "solvers", "Time of a solve", ("method",), SOLVE, "ms", solver_sentences
             ),
-            Exhibit(
+            on_problems(
                 "evaluations",
                 "Cell evaluations of the slowest example",
-                lambda t: pivot(counted(t), ("method",), "problem", "evaluations"),
-                lambda t: dots(
-                    counted(t), ("method",), "problem", "evaluations", "evaluations"
-                ),
+                ("method",),
+                "evaluations",
+                "evaluations",
                 evaluation_sentences,
+                rows=counted,
             ),
         ),
         minutes=10,
@@ -509,13 +529,12 @@ SECTIONS = (
         "Discrete against continuous solvers",
         "Do ODE solvers reach the equilibrium of the same cell at a fair price?",
         (
-            Exhibit(
+            on_problems(
                 "discrete_vs_continuous",
                 "Time of a solve and its gradient",
-                lambda t: pivot(t["rows"], ("kind", "method"), "problem", GRADIENT),
-                lambda t: dots(
-                    t["rows"], ("kind", "method"), "problem", GRADIENT, "ms"
-                ),
+                ("kind", "method"),
+                GRADIENT,
+                "ms",
                 continuous_sentences,
             ),
         ),
@@ -529,24 +548,20 @@ SECTIONS = (
         "How good is every adjoint's gradient, and what does it cost in time and "
         "memory?",
         (
-            Exhibit(
+            on_problems(
                 "gradient_error",
                 "Relative error of the gradient",
-                lambda t: pivot(t["rows"], ("adjoint",), "problem", "gradient error"),
-                lambda t: dots(
-                    t["rows"],
-                    ("adjoint",),
-                    "problem",
-                    "gradient error",
-                    "relative error",
-                ),
+                ("adjoint",),
+                "gradient error",
+                "relative error",
                 gradient_sentences,
             ),
-            Exhibit(
+            on_problems(
                 "backward",
                 "Time of the backward pass",
-                lambda t: pivot(t["rows"], ("adjoint",), "problem", BACKWARD),
-                lambda t: dots(t["rows"], ("adjoint",), "problem", BACKWARD, "ms"),
+                ("adjoint",),
+                BACKWARD,
+                "ms",
                 backward_sentences,
             ),
             Exhibit(
@@ -566,14 +581,14 @@ SECTIONS = (
         "Linear solvers of the implicit adjoint",
         "Which linear solver should the implicit adjoint have?",
         (
-            Exhibit(
+            on_problems(
                 "linear_solvers",
                 "Time of the backward pass, where the gradient is accurate",
-                lambda t: pivot(accurate(t), ("linear solver",), "problem", BACKWARD),
-                lambda t: dots(
-                    accurate(t), ("linear solver",), "problem", BACKWARD, "ms"
-                ),
+                ("linear solver",),
+                BACKWARD,
+                "ms",
                 linear_solver_sentences,
+                rows=accurate,
             ),
         ),
         minutes=6,
@@ -585,13 +600,12 @@ SECTIONS = (
         "Other libraries",
         "How fast is the library next to its peers, at the same weights and tolerance?",
         (
-            Exhibit(
+            on_problems(
                 "peers",
                 "Time of a solve and its gradient",
-                lambda t: pivot(t["rows"], ("library", "method"), "problem", GRADIENT),
-                lambda t: dots(
-                    t["rows"], ("library", "method"), "problem", GRADIENT, "ms"
-                ),
+                ("library", "method"),
+                GRADIENT,
+                "ms",
                 peer_sentences,
             ),
         ),
