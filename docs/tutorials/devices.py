@@ -124,7 +124,8 @@ def train_step(params, state, x, y):
     return optax.apply_updates(params, updates), state, loss
 
 
-def train(params, state, steps):
+def train(start, steps):
+    params, state = start
     losses = []
     for step in steps:
         rows = np.random.default_rng(step).integers(0, 1500, 64)
@@ -135,7 +136,7 @@ def train(params, state, steps):
 
 
 start = jax.device_put((params, optimiser.init(params)), everywhere)
-params, state, before = train(*start, range(100))
+params, state, before = train(start, range(100))
 print(f"loss {before[0]:.3f} at first, {before[-1]:.3f} after 100 steps")
 
 # %% [markdown]
@@ -198,8 +199,8 @@ with tempfile.TemporaryDirectory() as folder:
     eqx.tree_serialise_leaves(path, (params, state))
     restored = eqx.tree_deserialise_leaves(path, start)
 
-_, _, onwards = train(params, state, range(100, 150))
-_, _, resumed = train(*jax.device_put(restored, everywhere), range(100, 150))
+_, _, onwards = train((params, state), range(100, 150))
+_, _, resumed = train(jax.device_put(restored, everywhere), range(100, 150))
 print("the same losses to the last bit:", onwards == resumed)
 
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")

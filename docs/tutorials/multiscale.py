@@ -211,9 +211,9 @@ change = respond(exact, images[train_size], corner)
 figure, axes = plt.subplots(1, 3, figsize=(8, 2.6), layout="constrained")
 for axis, z, n in zip(axes, change, sizes):
     norms = jnp.linalg.norm(z, axis=0)
-    picture = axis.imshow(jnp.log10(norms / jnp.max(norms)), vmin=-3, vmax=0)
+    axis.imshow(jnp.log10(norms / jnp.max(norms)), vmin=-3, vmax=0)
     axis.set(title=f"{n} x {n}", xticks=[], yticks=[])
-figure.colorbar(picture, ax=axes, label="log10 of the relative change")
+figure.colorbar(axes[0].images[0], ax=axes, label="log10 of the relative change")
 plt.show()
 
 # %% [markdown]

@@ -156,12 +156,13 @@ runs = {
     "Skip": ("Skip", 1.0),
     "Skip-regularised": ("Skip-regularised", 1.0),
 }
-models, costs = {}, {}
+models, states, costs = {}, {}, {}
 print(f"{'':31} accuracy  solved evaluations distance")
 for name, (kind, weight) in runs.items():
-    models[name], state, costs[name] = train(make_model(kind), weight=weight)
+    trained = train(make_model(kind), weight=weight)
+    models[name], states[name], costs[name] = trained
     report(name, models[name])
-count = optax.tree.get(state, "count")
+count = optax.tree.get(states["Skip"], "count")
 print(f"Adam has counted {count} steps, through the switch.")
 
 # %%
