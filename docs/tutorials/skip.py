@@ -176,8 +176,8 @@ plt.show()
 # %% [markdown]
 # The distance is the penalty, without its weight. Five layers that are trained as such
 # need not be on their way to an equilibrium: after the switch, the model without a
-# penalty has to find one first. With the penalty all is smooth, and a start that is
-# closer to the equilibrium takes fewer evaluations to get there.
+# penalty has to find one first. With the penalty all is smooth, and both predicted
+# starts are closer to the equilibrium than zero is, and take fewer evaluations.
 #
 # What did pretraining save? The same model, implicit from the first step on:
 
@@ -196,8 +196,7 @@ print(
 #
 # Where inputs change slowly, as in a video or from one time step to the next, the last
 # equilibrium is a better start than any guess. A call's own `z0=` wins over the
-# layer's start. Here an image
-# becomes another one in 20 frames.
+# layer's start. Here an image becomes another one in 20 frames.
 
 
 # %%
