@@ -235,9 +235,10 @@ report("Jacobian penalty", models["Jacobian penalty"])
 # %% [markdown]
 # ## Normalise the weights
 #
-# `inn.nn.spectral_norm` bounds the two-norm of each weight. As the slope of the hyperbolic tangent is at most one, a
-# bound of 0.9 makes the cell a contraction: one equilibrium, and plain iteration finds
-# it. The price is what such a cell cannot express.
+# `inn.nn.spectral_norm` bounds the two-norm of each weight. As the slope of the
+# hyperbolic tangent is at most one, a bound of 0.9 makes the cell a contraction: one
+# equilibrium, and plain iteration finds it. The price is what such a cell cannot
+# express.
 
 # %%
 cell = Cell(key=jr.key(1))
