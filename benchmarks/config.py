@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data import Data, DataOptions
 from equilibrium import EquilibriumOptions
+from errors import OptionError
 from networks import ModelOptions
 from optimiser import OptimiserOptions
 
@@ -27,6 +28,24 @@ class JacobianOptions:
     """Random products for every estimate."""
     jacobian_last_epoch: float | None = None
     """After which epoch to go on without."""
+
+    def __post_init__(self):
+        for name in (
+            "jacobian_weight",
+            "jacobian_pretraining_weight",
+            "jacobian_increment",
+            "jacobian_last_epoch",
+        ):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"`{name}` must be non-negative; got {value}.")
+        for name in ("jacobian_every", "jacobian_samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        if not 0 <= self.jacobian_probability <= 1:
+            raise ValueError(
+                "`jacobian_probability` must be in the interval [0, 1]; got "
+                f"{self.jacobian_probability}."
+            )
 
     @property
     def active(self) -> bool:
@@ -56,12 +75,15 @@ class TrainingOptions:
     """Of everything random."""
 
     def __post_init__(self):
-        for name in ("pretraining_epochs", "epochs", "spectral_examples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be non-negative.")
+        for name in ("pretraining_epochs", "epochs", "skip_weight"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"`{name}` must be non-negative; got {value}.")
+        for name in ("spectral_examples", "seed"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"`{name}` must be at least 0; got {value}.")
         for name in ("pretraining_depth", "batch_size", "test_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive.")
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"`{name}` must be positive; got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +146,23 @@ class Plan:
 
     @classmethod
     def of(cls, options: TrainingOptions, data: Data) -> "Plan":
-        """The plan that the options make with a data set."""
+        """The plan that the options make with a data set.
+
+        **Raises:**
+
+        `OptionError` if there is nothing to do.
+        """
         steps_per_epoch = data.train.steps_per_epoch(options.batch_size)
         pretraining_steps = round(options.pretraining_epochs * steps_per_epoch)
+        total_steps = pretraining_steps + round(options.epochs * steps_per_epoch)
+        if total_steps == 0:
+            raise OptionError(
+                "There is no step to train: --epochs and --pretraining-epochs come to "
+                f"less than one batch, and an epoch has {steps_per_epoch}."
+            )
         return cls(
             steps_per_epoch,
             pretraining_steps,
-            pretraining_steps + round(options.epochs * steps_per_epoch),
+            total_steps,
             max(1, round(options.test_every * steps_per_epoch)),
         )

@@ -6,6 +6,7 @@ a `DataError` of one sentence that names the file.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools as ft
 import math
@@ -13,6 +14,7 @@ import pickle
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -65,6 +67,8 @@ class DataOptions:
     """Images: to zero mean and unit variance of every channel of the training set."""
     augment: bool = False
     """Images: train on them shifted by up to four pixels, and mirrored."""
+    keep_rest: bool = False
+    """Train on what is left over of an epoch's full batches too, as a smaller batch."""
     image_size: tuple[int, int] | None = None
     """Segmentation: the height and width to resize to."""
     level: Literal["word", "character"] = "word"
@@ -86,6 +90,14 @@ class Examples:
 
     Images are kept as they were read, and turned into numbers batch by batch: bytes
     take a quarter of the memory.
+
+    **Arguments:**
+
+    - `inputs`, `targets`: the examples.
+    - `mean`, `std`: of the inputs, which their numbers are relative to.
+    - `augment`: whether to shift and mirror what is trained on.
+    - `keep_rest`: whether an epoch ends with a batch of what is left over, which is
+        filled up with ignored examples, and not with the last full batch.
     """
 
     inputs: Shaped[np.ndarray, "example ..."]
@@ -93,6 +105,7 @@ class Examples:
     mean: np.ndarray | float = 0.0
     std: np.ndarray | float = 1.0
     augment: bool = False
+    keep_rest: bool = False
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -103,7 +116,10 @@ class Examples:
         )
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Full batches; what is left over waits for another epoch's order."""
+        """Full batches, and one of what is left over if that is not to wait for another
+        epoch's order."""
+        if self.keep_rest:
+            return math.ceil(len(self) / batch_size)
         if len(self) < batch_size:
             raise DataError(
                 f"The training set has {len(self)} examples, fewer than one batch of "
@@ -115,11 +131,14 @@ class Examples:
         """The batch of one step, counted through all the epochs."""
         epoch, start = divmod(step, self.steps_per_epoch(batch_size))
         order = _order(len(self), seed, epoch)
-        rows = order[start * batch_size :][:batch_size]
-        inputs = self.inputs[rows]
+        chosen = order[start * batch_size :][:batch_size]
+        rows = np.resize(chosen, batch_size)
+        inputs, targets = self.inputs[rows], self.targets[rows]
+        targets[len(chosen) :] = IGNORED
         if self.augment:
-            inputs = shift_and_mirror(inputs, np.random.default_rng((seed, 1, step)))
-        return self._numbers(inputs), self.targets[rows]
+            rng = np.random.default_rng((seed, 1, step))
+            inputs, targets = shift_and_mirror(inputs, targets, rng)
+        return self._numbers(inputs), targets
 
     def test_batches(self, batch_size: int) -> Iterator[Batch]:
         """All the examples in their order; the last batch is filled up with ignored
@@ -231,22 +250,36 @@ def _order(size: int, seed: int, epoch: int) -> Int[np.ndarray, " example"]:
 
 
 def shift_and_mirror(
-    images: Shaped[np.ndarray, "batch channel height width"], rng: np.random.Generator
-) -> Shaped[np.ndarray, "batch channel height width"]:
-    """Shift images by up to four pixels, black coming in, and mirror every other."""
+    images: Shaped[np.ndarray, "batch channel height width"],
+    targets: Int32[np.ndarray, "batch ..."],
+    rng: np.random.Generator,
+) -> tuple[
+    Shaped[np.ndarray, "batch channel height width"], Int32[np.ndarray, "batch ..."]
+]:
+    """Shift images by up to four pixels, black coming in, and mirror every other.
+
+    Masks move with their images, and what comes in is ignored; labels stay.
+    """
     most = 4
     batch, _, height, width = images.shape
-    padded = np.pad(images, ((0, 0), (0, 0), (most, most), (most, most)))
     down, right = rng.integers(0, 2 * most + 1, (2, batch, 1))
     columns = np.arange(width)
     columns = np.where(rng.random((batch, 1)) < 0.5, columns, columns[::-1]) + right
     rows = np.arange(height) + down
-    return padded[
-        np.arange(batch)[:, None, None, None],
-        np.arange(images.shape[1])[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
+
+    def move(arrays, fill):
+        edges = (most, most)
+        padded = np.pad(arrays, ((0, 0), (0, 0), edges, edges), constant_values=fill)
+        return padded[
+            np.arange(batch)[:, None, None, None],
+            np.arange(arrays.shape[1])[:, None, None],
+            rows[:, None, :, None],
+            columns[:, None, None, :],
+        ]
+
+    if targets.ndim == 3:
+        targets = move(targets[:, None], IGNORED)[:, 0]
+    return move(images, 0), targets
 
 
 def load(options: DataOptions, seed: int = 0) -> Data:
@@ -270,8 +303,14 @@ def load(options: DataOptions, seed: int = 0) -> Data:
     for name, sample in (("training", train), ("test", test)):
         if len(sample) < (2 if isinstance(sample, Text) else 1):
             raise DataError(f"The {name} set of {options.dataset} is empty.")
+        if isinstance(sample, Examples) and (sample.targets == IGNORED).all():
+            raise DataError(f"The {name} set of {options.dataset} has no target.")
+    if (options.augment or options.standardise) and len(data.input_shape) != 3:
+        raise DataError("Only images can be augmented or standardised.")
     if isinstance(train, Examples) and isinstance(test, Examples):
-        train = dataclasses.replace(train, augment=options.augment)
+        train = dataclasses.replace(
+            train, augment=options.augment, keep_rest=options.keep_rest
+        )
         if options.standardise:
             train, test = _standardised(train, test)
     return Data(train, test, data.num_classes)
@@ -298,8 +337,6 @@ def _required(options: DataOptions) -> Path:
 
 
 def _standardised(train: Examples, test: Examples) -> tuple[Examples, Examples]:
-    if train.inputs.dtype == np.int32:
-        raise DataError("Only images can be standardised.")
     axes = (0, 2, 3)
     mean = train.inputs.mean(axes, keepdims=True, dtype=np.float64)[0]
     std = train.inputs.std(axes, keepdims=True, dtype=np.float64)[0]
@@ -319,7 +356,8 @@ def load_grey(
     folder: Path | None,
 ) -> Data:
     """Grey images of 8 x 8 or 28 x 28 pixels to classify."""
-    train, test = mnist.load(mnist.Config(dataset=name, data_dir=folder))
+    with _fetching(name):
+        train, test = mnist.load(mnist.Config(dataset=name, data_dir=folder))
     num_classes = 47 if name == "emnist" else 10
     size = 8 if name == "digits" else 28
     for sample in (train, test):
@@ -453,24 +491,31 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _fetch_cifar(name: str, kind: _Cifar) -> Data:
+    with _fetching(name):
+        pixels, labels = fetch_openml(
+            data_id=kind.openml, as_frame=False, return_X_y=True, n_retries=1
+        )
+        examples = Examples(
+            pixels.astype(np.uint8).reshape(-1, *_CIFAR_SHAPE),
+            np.asarray(labels).astype(np.int32),
+            std=255.0,
+        )
+    # OpenML joins the two sets in their order; each test set is a sixth of the whole.
+    split = len(examples) * 5 // 6
+    return Data(examples[:split], examples[split:], kind.num_classes)
+
+
+@contextlib.contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    """Says in a sentence what is wrong with the network, or with what came of it."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of retries: the error says it
-            pixels, labels = fetch_openml(
-                data_id=kind.openml, as_frame=False, return_X_y=True, n_retries=1
-            )
-    except OSError as error:
+            yield
+    except (OSError, EOFError, ValueError, zlib.error, HTTPException) as error:
         raise DataError(
             f"{name} could not be fetched ({_first_line(error)}); where there is no "
             "network, give the folder of its files by --data-dir."
         ) from error
-    examples = Examples(
-        pixels.astype(np.uint8).reshape(-1, *_CIFAR_SHAPE),
-        np.asarray(labels).astype(np.int32),
-        std=255.0,
-    )
-    # OpenML joins the two sets in their order; each test set is a sixth of the whole.
-    split = len(examples) * 5 // 6
-    return Data(examples[:split], examples[split:], kind.num_classes)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -33,7 +33,9 @@ class EquilibriumOptions:
     atol: float = 1e-6
     """Absolute tolerance of the solver."""
     max_steps: int = 30
-    """Solver steps in training."""
+    """Solver steps in training ..."""
+    max_steps_delta: int = 0
+    """... or up to so many fewer, at random in every training step."""
     test_max_steps: int | None = None
     """Solver steps in evaluations; as many as in training by default."""
     start: StartName = "model"
@@ -47,6 +49,27 @@ class EquilibriumOptions:
     """Jacobian products of the adjoint; of `shine`, its refinements."""
     damping: float = 0.0
     """Of the Neumann and phantom adjoints: 0 is none."""
+
+    def __post_init__(self):
+        for name, least in (
+            ("max_steps", 1),
+            ("test_max_steps", 1),
+            ("adjoint_max_steps", 0 if self.adjoint == "shine" else 1),
+        ):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+        for name in ("rtol", "atol", "adjoint_rtol"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"`{name}` must be non-negative; got {value}.")
+        if not 0 <= self.max_steps_delta < self.max_steps:
+            raise ValueError(
+                f"`max_steps_delta` must be at least 0 and less than `max_steps`, "
+                f"{self.max_steps}; got {self.max_steps_delta}."
+            )
+        if not 0 <= self.damping < 1:
+            raise ValueError(
+                f"`damping` must be in the interval [0, 1); got {self.damping}."
+            )
 
 
 SOLVERS: dict[SolverName, Callable[[float, float], Any]] = {
@@ -88,8 +111,13 @@ def make_layer(
 
     **Raises:**
 
-    `OptionError` if the model knows no other start.
+    `OptionError` if the model knows no other start, or if the adjoint does not go with
+    the solver.
     """
+    if options.adjoint == "shine" and options.solver != "broyden":
+        raise OptionError("--adjoint shine goes with --solver broyden.")
+    if options.adjoint == "unrolled" and options.max_steps_delta > 0:
+        raise OptionError("--adjoint unrolled needs one number of steps.")
     if options.start != "model" and getattr(layer, "init", None) is not None:
         raise OptionError("The model has a start of its own: take --start model.")
     if options.start == "injection":

@@ -10,13 +10,14 @@ and the memory that a training step does.
 import dataclasses
 import math
 import pathlib
+import sys
 import time
 
 import equinox as eqx
 import jax.tree_util as jtu
 import tyro
 from config import Config, TrainingOptions
-from data import Data, DataOptions, load
+from data import Data, DataError, DataOptions, load
 from equilibrium import EquilibriumOptions
 from measure import plt, print_table, progress, Row, save, Settings
 from metrics import means
@@ -98,15 +99,17 @@ def train(
 
 def main() -> None:
     settings = tyro.cli(LanguageSettings)
-    data = load(
-        DataOptions(
-            "text",
-            data_dir=settings.text,
-            level="character",
-            test_size=settings.test_size,
-        )
+    options = DataOptions(
+        "text",
+        data_dir=settings.text,
+        level="character",
+        test_size=settings.test_size,
     )
-    steps_per_epoch = data.train.steps_per_epoch(settings.batch_size)
+    try:
+        data = load(options)
+        steps_per_epoch = data.train.steps_per_epoch(settings.batch_size)
+    except DataError as error:
+        sys.exit(f"Error: {error}")
     options = TrainingOptions(
         pretraining_epochs=settings.pretraining_steps / steps_per_epoch,
         pretraining_depth=3,

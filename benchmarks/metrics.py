@@ -1,6 +1,7 @@
 """What is measured of a batch, and its means over several."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
 from data import IGNORED
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from networks import Verdict
 
 
@@ -19,34 +20,47 @@ class Mean(eqx.Module):
     total: Float[Array, "..."]
     weight: Float[Array, "..."]
 
+    @property
+    def value(self) -> Float[Array, "..."]:
+        """The mean of what there is, each of weight one; of nothing, zero."""
+        return self.total / jnp.maximum(self.weight, 1)
+
 
 Metrics = dict[str, Mean]
+
+
+def which_count(targets: Int[Array | np.ndarray, "batch ..."]) -> Any:
+    """Which examples of a batch have a target that counts."""
+    return (targets != IGNORED).reshape(len(targets), -1).any(axis=1)
+
+
+def mean_of(values: Shaped[Array, "..."], counts: Shaped[Array, "..."]) -> Mean:
+    """Values of which some count, to take the mean of."""
+    weights = counts.astype(jnp.result_type(float))
+    values = jnp.where(weights > 0, values.astype(weights.dtype), 0)
+    return Mean(jnp.sum(values), jnp.sum(weights))
 
 
 def measure(
     verdict: Verdict, targets: Int[Array, "batch ..."], num_classes: int
 ) -> Metrics:
     """The metrics of a batch, over the targets and the examples that count."""
-    counts = (targets != IGNORED).astype(verdict.loss.dtype)
-    examples = jnp.max(counts.reshape(len(counts), -1), axis=1)
-
-    def mean(values, weights):
-        values = jnp.where(weights > 0, values.astype(weights.dtype), 0)
-        return Mean(jnp.sum(values), jnp.sum(weights))
-
+    counts, examples = targets != IGNORED, which_count(targets)
     solution = verdict.solution
     norm = jax.vmap(optx.two_norm)
     image = jtu.tree_map(jnp.add, solution.z_star, solution.residual)
     stats = solution.stats
     metrics = {
-        "loss": mean(verdict.loss, counts),
-        "accuracy": mean(verdict.prediction == targets, counts),
-        "steps": mean(stats["num_steps"], examples),
+        "loss": mean_of(verdict.loss, counts),
+        "accuracy": mean_of(verdict.prediction == targets, counts),
+        "steps": mean_of(stats["num_steps"], examples),
         # Other libraries' solvers do not tell; most evaluate the cell once a step.
-        "evaluations": mean(stats.get("nfe", stats["num_steps"]), examples),
-        "converged": mean(solution.result == optx.RESULTS.successful, examples),
-        "residual": mean(norm(solution.residual) / norm(image), examples),
+        "evaluations": mean_of(stats.get("nfe", stats["num_steps"]), examples),
+        "converged": mean_of(solution.result == optx.RESULTS.successful, examples),
+        "residual": mean_of(norm(solution.residual) / norm(image), examples),
     }
+    if "num_matvecs" in stats:
+        metrics["products"] = mean_of(stats["num_matvecs"], examples)
     if targets.ndim == 3:
         metrics["mean_iou"] = _intersection_over_union(
             verdict.prediction, targets, num_classes, counts
@@ -55,12 +69,14 @@ def measure(
 
 
 def _intersection_over_union(prediction, targets, num_classes, counts):
+    weights = counts.astype(jnp.result_type(float))
+
     def count(classes, weights):
-        return jnp.zeros(num_classes, counts.dtype).at[classes].add(weights)
+        return jnp.zeros(num_classes, weights.dtype).at[classes].add(weights)
 
     # The ignored ones count nothing, wherever they are counted.
-    hits = count(prediction, jnp.where(prediction == targets, counts, 0))
-    return Mean(hits, count(prediction, counts) + count(targets, counts) - hits)
+    hits = count(prediction, jnp.where(prediction == targets, weights, 0))
+    return Mean(hits, count(prediction, weights) + count(targets, weights) - hits)
 
 
 def means(metrics: Sequence[Metrics]) -> dict[str, float]:

@@ -15,6 +15,7 @@ import jax.random as jr
 import optax
 from data import Data, DataError
 from equilibrium import EquilibriumOptions, make_layer
+from errors import OptionError
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tutorial import mnist
 
@@ -192,6 +193,7 @@ class TutorialOptions:
 
     def build(self, data: Data, *, key: PRNGKeyArray) -> TutorialNetwork:
         """The network for some data."""
+        _check_labels(data)
         channels, size, _ = _image_shape(data)
         if channels != 1:
             raise DataError("The tutorial's network takes grey images.")
@@ -209,6 +211,7 @@ class TanhOptions:
 
     def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
         """The network for some data."""
+        _check_labels(data)
         config = models.TanhConfig(_image_shape(data), self.width, data.num_classes)
         return ModelNetwork(models.TanhDEQ(config, key=key))
 
@@ -228,6 +231,7 @@ class ResNetOptions:
 
     def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
         """The network for some data."""
+        _check_labels(data)
         config = models.ResNetConfig(
             image_shape=_image_shape(data),
             num_classes=data.num_classes,
@@ -359,6 +363,11 @@ def _image_shape(data: Data) -> tuple[int, int, int]:
     return data.input_shape
 
 
+def _check_labels(data: Data) -> None:
+    if _image_shape(data) and data.target_shape != ():
+        raise DataError("The model takes images with labels, and these have masks.")
+
+
 def _check_sequence(data: Data) -> None:
     if len(data.input_shape) != 1:
         raise DataError("The model takes text and other sequences.")
@@ -392,8 +401,12 @@ def build(
 
     **Raises:**
 
-    `DataError` if the model and the data do not fit.
+    `DataError` if the model and the data do not fit, and `OptionError` if the options
+    do not go together.
     """
-    network, state = eqx.nn.make_with_state(options.build)(data, key=key)
+    try:
+        network, state = eqx.nn.make_with_state(options.build)(data, key=key)
+    except ValueError as error:  # of sizes
+        raise OptionError(str(error)) from error
     layer = make_layer(network.layer, equilibrium)
     return eqx.tree_at(lambda network: network.layer, network, layer), state

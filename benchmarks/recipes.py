@@ -28,6 +28,13 @@ _BROYDEN = EquilibriumOptions(
 )
 _COSINE = OptimiserOptions(schedule="cosine", last_learning_rate=1e-6)
 
+# What fits into half an hour on two cores.
+_FASHION = DataOptions("fashion_mnist", standardise=True)
+_FEW_STEPS = EquilibriumOptions(
+    "anderson", rtol=1e-2, max_steps=4, test_max_steps=8, adjoint="jacobian-free"
+)
+_QUICK = OptimiserOptions(learning_rate=2e-3, schedule="cosine", warmup_steps=100)
+
 _WIKITEXT = DataOptions("wikitext103", sequence_length=150)
 _WARMUP = OptimiserOptions(
     learning_rate=2.5e-4, schedule="cosine", warmup_steps=16_000, clip=0.25
@@ -50,6 +57,16 @@ RECIPES: dict[str, tuple[str, Config]] = {
             training=TrainingOptions(
                 pretraining_epochs=2, pretraining_depth=5, epochs=3, skip_weight=0.01
             ),
+        ),
+    ),
+    "tutorial-fashion": (
+        "The network of SciML's tutorial, for 30 minutes on Fashion-MNIST.",
+        Config(
+            TutorialOptions(),
+            _FASHION,
+            _FEW_STEPS,
+            _QUICK,
+            training=TrainingOptions(epochs=3, batch_size=50),
         ),
     ),
     "tanh": (
@@ -77,15 +94,9 @@ RECIPES: dict[str, tuple[str, Config]] = {
         "The residual network of JAXopt's example, for 30 minutes on Fashion-MNIST.",
         Config(
             ResNetOptions(channels=24, inner_channels=32, pool_stride=4),
-            DataOptions("fashion_mnist", standardise=True),
-            EquilibriumOptions(
-                "anderson",
-                rtol=1e-2,
-                max_steps=4,
-                test_max_steps=8,
-                adjoint="jacobian-free",
-            ),
-            OptimiserOptions(learning_rate=2e-3, schedule="cosine", warmup_steps=100),
+            _FASHION,
+            _FEW_STEPS,
+            _QUICK,
             training=TrainingOptions(epochs=3, batch_size=50),
         ),
     ),
@@ -107,6 +118,16 @@ RECIPES: dict[str, tuple[str, Config]] = {
             ),
         ),
     ),
+    "mdeq-fashion": (
+        "The smallest multiscale network, for 30 minutes on Fashion-MNIST.",
+        Config(
+            MDEQOptions(),
+            dataclasses.replace(_FASHION, train_size=30_000),
+            _FEW_STEPS,
+            _QUICK,
+            training=TrainingOptions(epochs=1, batch_size=50),
+        ),
+    ),
     "mdeq-large": (
         "The large multiscale network of Bai et al. (2020), for CIFAR-10.",
         Config(
@@ -126,12 +147,10 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "mdeq-large-regularised": (
         "The same with the Jacobian regularisation of Bai et al. (2021).",
         Config(
-            dataclasses.replace(
-                MDEQOptions.of(models.MDEQConfig.cifar_large()), dropout=0.22
-            ),
+            MDEQOptions.of(models.MDEQConfig.cifar_large_regularised()),
             DataOptions("cifar10", standardise=True, augment=True),
             EquilibriumOptions(
-                "broyden", max_steps=8, adjoint_rtol=1e-3, adjoint_max_steps=7
+                "broyden", max_steps=8, max_steps_delta=2, adjoint_max_steps=7
             ),
             _COSINE,
             JacobianOptions(
@@ -185,7 +204,9 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             TransformerOptions.of(models.TransformerConfig.wikitext103_regularised()),
             _WIKITEXT,
-            EquilibriumOptions("anderson", max_steps=12, adjoint_max_steps=13),
+            EquilibriumOptions(
+                "anderson", max_steps=12, max_steps_delta=2, adjoint_max_steps=13
+            ),
             _WARMUP,
             JacobianOptions(
                 jacobian_weight=1.9, jacobian_every=35_000, jacobian_probability=0.35
@@ -198,7 +219,9 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             TransformerOptions.of(models.TransformerConfig.wikitext103_pre_norm()),
             _WIKITEXT,
-            EquilibriumOptions("anderson", max_steps=14, adjoint_max_steps=14),
+            EquilibriumOptions(
+                "anderson", max_steps=14, max_steps_delta=2, adjoint_max_steps=14
+            ),
             _WARMUP,
             JacobianOptions(
                 jacobian_weight=2.0, jacobian_every=30_000, jacobian_probability=0.4

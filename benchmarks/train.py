@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import jax
 import tyro
-from config import Config
+from config import Config, RunOptions
 from data import DataError, load
 from errors import CheckpointError, OptionError
 from recipes import RECIPES
@@ -36,20 +36,35 @@ def parse(args: Sequence[str] | None = None) -> Config:
     )
 
 
+def connect(run: RunOptions) -> None:
+    """Join the other processes, if the options say that there are any.
+
+    **Raises:**
+
+    `OptionError` if they half do.
+    """
+    others = run.coordinator, run.num_processes, run.process_id
+    if run.distributed:
+        jax.distributed.initialize(*others)
+    elif others != (None, None, None):
+        raise OptionError(
+            "--coordinator, --num-processes and --process-id go with --distributed."
+        )
+
+
 def main() -> None:
     config = parse()
-    run = config.run
-    if run.distributed:
-        jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
     try:
+        connect(config.run)
         train(config, load(config.data, config.training.seed))
     except (CheckpointError, DataError, OptionError) as error:
         sys.exit(f"Error: {error}")
     if jax.process_index() == 0:
         folder = config.output_dir
         last = read_records(folder / "metrics.jsonl")[-1]
+        last["seconds_per_epoch"] = last["seconds"] / last["epoch"]
         for name, value in last.items():
-            print(f"{name:21} {value:.4g}")
+            print(f"{name:26} {value:.4g}")
         print(f"Wrote metrics.jsonl, training.png and checkpoints to {folder}.")
 
 

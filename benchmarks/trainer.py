@@ -22,8 +22,9 @@ import optax
 from checkpoints import Checkpoints
 from config import Config, JacobianOptions, Plan
 from data import Batch, Data, Text
+from equilibrium import EquilibriumOptions
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
-from metrics import means, measure, Metrics
+from metrics import mean_of, means, measure, Metrics, which_count
 from networks import AbstractNetwork, build, Verdict
 from optimiser import make_optimiser, make_schedule
 from placement import Placement
@@ -63,14 +64,32 @@ def judge_batch(
     )(inputs, targets, memory, jr.split(key, len(inputs)), statistics)
 
 
+def with_budget(network: AbstractNetwork, max_steps: int | Array) -> AbstractNetwork:
+    """A network with another number of solver steps."""
+    return eqx.tree_at(lambda network: network.layer.max_steps, network, max_steps)
+
+
+def with_random_budget(
+    network: AbstractNetwork, options: EquilibriumOptions, *, key: PRNGKeyArray
+) -> AbstractNetwork:
+    """A network with the number of solver steps of one training step."""
+    if options.max_steps_delta == 0:
+        return network
+    # An array, so that every number of steps is served by one compilation.
+    fewer = jr.randint(key, (), 0, options.max_steps_delta + 1)
+    return with_budget(network, options.max_steps - fewer)
+
+
 def jacobian_penalty(
     network: AbstractNetwork,
     verdict: Verdict,
     options: JacobianOptions,
+    weight: Scalar,
     *,
     key: PRNGKeyArray,
 ) -> Scalar:
-    """The penalty on the cell's Jacobian, the mean of a batch, in some of the steps."""
+    """The penalty on the cell's Jacobian, the mean of a batch, times its weight. It is
+    computed in some of the steps, and in none of weight zero."""
 
     def one_example(z, x, cell_key, key):
         cell = ft.partial(network.layer.evaluate, key=cell_key)
@@ -83,7 +102,8 @@ def jacobian_penalty(
         z, x = verdict.solution.z_star, verdict.injection
         return jnp.mean(jax.vmap(one_example)(z, x, verdict.key, keys))
 
-    return inn.sometimes(options.jacobian_probability, penalty, key=key)
+    probability = jnp.where(weight > 0, options.jacobian_probability, 0.0)
+    return weight * inn.sometimes(probability, penalty, key=key)
 
 
 def jacobian_schedule(
@@ -202,11 +222,10 @@ class Trainer:
         budget = self.config.equilibrium.test_max_steps
         network = eqx.nn.inference_mode(state.network)
         if budget is not None:
-            layer = dataclasses.replace(network.layer, max_steps=budget)
-            network = eqx.tree_at(lambda network: network.layer, network, layer)
+            network = with_budget(network, budget)
         depth = network.layer.fixed_depth
         memory = self._empty_memory
-        metrics, radii = [], None
+        metrics, radii = [], []
         for batch in self.data.test.test_batches(options.batch_size):
             found, solved, memory = self._call(
                 ("test", depth),
@@ -218,13 +237,15 @@ class Trainer:
             )
             memory = memory if self.is_text else self._empty_memory
             metrics.append(found)
-            if radii is None and options.spectral_examples > 0:
-                radii = self._call(("radii", depth), self._radii, network, solved)
+            if len(radii) < options.spectral_examples:
+                found = self._call(("radii", depth), self._radii, network, solved)
+                counted = which_count(batch[1])[: len(found)]
+                radii.extend(np.asarray(found)[counted])
         result = means(metrics)
-        if radii is not None:
-            radii = np.asarray(radii)[: len(self.data.test)]
-            result["spectral_radius_mean"] = float(radii.mean())
-            result["spectral_radius_max"] = float(radii.max())
+        if radii:
+            radii = radii[: options.spectral_examples]
+            result["spectral_radius_mean"] = float(np.mean(radii))
+            result["spectral_radius_max"] = float(np.max(radii))
         if self.is_text:
             result["bits_per_token"] = result["loss"] / math.log(2)
             result["perplexity"] = float(np.exp(result["loss"]))
@@ -241,20 +262,25 @@ class Trainer:
         return compiled.memory_analysis().temp_size_in_bytes
 
     def _update(self, state, batch):
-        keys = jr.split(jr.fold_in(self.training_key, state.step))
+        keys = jr.split(jr.fold_in(self.training_key, state.step), 3)
         jacobian, skip_weight = self.config.jacobian, self.config.training.skip_weight
 
         def loss_fn(network):
+            network = with_random_budget(network, self.config.equilibrium, key=keys[2])
             verdict, statistics = judge_batch(
                 network, state.statistics, state.memory, batch, keys[0]
             )
             metrics = measure(verdict, batch[1], self.data.num_classes)
-            loss = metrics["loss"].total / metrics["loss"].weight
+            loss = metrics["loss"].value
             if skip_weight > 0:
-                loss = loss + skip_weight * inn.skip_penalty(verdict.solution)
+                penalties = jax.vmap(inn.skip_penalty)(verdict.solution)
+                penalty = mean_of(penalties, which_count(batch[1])).value
+                loss = loss + skip_weight * penalty
             if jacobian.active:
-                penalty = jacobian_penalty(network, verdict, jacobian, key=keys[1])
-                loss = loss + self.jacobian_weight(state.step) * penalty
+                weight = self.jacobian_weight(state.step)
+                loss = loss + jacobian_penalty(
+                    network, verdict, jacobian, weight, key=keys[1]
+                )
             memory = jtu.tree_map(jax.lax.stop_gradient, verdict.memory)
             return loss, (metrics, statistics, memory)
 

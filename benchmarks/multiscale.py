@@ -1,0 +1,195 @@
+"""Are several scales worth more than one of the same number of weights?
+
+Trains the smallest multiscale network of Bai et al. (2020) on the images of
+Fashion-MNIST, and the same network with the finest of its scales alone, which has as
+many more channels as make up for the weights of the other. Both see the same batches in
+the same number of steps, of which the first ones are pretraining. They are trained with
+the Jacobian-free gradient and eight steps of Anderson acceleration, so that many
+training steps fit into little time.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+import tyro
+from config import Config, TrainingOptions
+from data import Data, DataError, DataOptions, load
+from equilibrium import EquilibriumOptions
+from measure import plt, print_table, progress, Row, save, Settings
+from metrics import means, Metrics
+from networks import MDEQOptions
+from optimiser import OptimiserOptions
+from trainer import Trainer
+
+
+MODELS = {
+    "two scales": MDEQOptions(),
+    "one scale": MDEQOptions((36,), (20,), final_channels=215, groups=4),
+}
+# Training steps that a point of the figure is the mean of.
+WINDOW = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiscaleSettings(Settings):
+    """Compare two scales with one."""
+
+    data_dir: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
+    """The folder with the files of Fashion-MNIST."""
+    train_size: int = 4800
+    """Train on so many images only."""
+    test_size: int = 2000
+    """Test on so many images only."""
+    epochs: float = 3.0
+    """Of each training, after the pretraining."""
+    pretraining_epochs: float = 0.5
+    """Epochs with the cell unrolled three times."""
+    batch_size: int = 32
+    """Images in a training step."""
+    seeds: int = 1
+    """How many times to train, with other weights and batches."""
+    equilibrium: EquilibriumOptions = EquilibriumOptions(
+        "anderson", rtol=1e-2, max_steps=8, adjoint="jacobian-free"
+    )
+    """The solver and the adjoint."""
+    optimiser: OptimiserOptions = OptimiserOptions(
+        learning_rate=2e-3, schedule="cosine", warmup_steps=50
+    )
+    """Of both models."""
+
+    def __post_init__(self):
+        for name in ("epochs", "seeds"):
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"`{name}` must be positive; got {value}.")
+
+
+def train(
+    settings: MultiscaleSettings, data: Data, name: str, seed: int
+) -> tuple[Row, list[Metrics]]:
+    """Train one of the models from one seed.
+
+    **Arguments:**
+
+    - `settings`: the options.
+    - `data`: the images.
+    - `name`: of the model.
+    - `seed`: of the weights and the batches.
+
+    **Returns:**
+
+    Its row of a table, and the metrics of every step.
+    """
+    config = Config(
+        MODELS[name],
+        equilibrium=settings.equilibrium,
+        optimiser=settings.optimiser,
+        training=TrainingOptions(
+            pretraining_epochs=settings.pretraining_epochs,
+            pretraining_depth=3,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            seed=seed,
+        ),
+    )
+    trainer = Trainer(config, data)
+    plan = trainer.plan
+    state, history = trainer.start(), []
+    compiled, start = trainer.compile_seconds, time.perf_counter()
+    for step in progress(range(plan.total_steps), f"{name}, seed {seed}"):
+        if step == plan.pretraining_steps:
+            jax.block_until_ready(state.step)
+            compiled, start = trainer.compile_seconds, time.perf_counter()
+        state, metrics = trainer.train_step(state, step)
+        history.append(metrics)
+    jax.block_until_ready(state.step)
+    seconds = time.perf_counter() - start - (trainer.compile_seconds - compiled)
+    found = trainer.test(state)
+    weights = jtu.tree_leaves(eqx.filter(state.network, eqx.is_inexact_array))
+    return {
+        "model": name,
+        "seed": seed,
+        "parameters": sum(leaf.size for leaf in weights),
+        "accuracy (%)": 100 * found["accuracy"],
+        "evaluations": found["evaluations"],
+        "residual": found["residual"],
+        "spectral radius": found["spectral_radius_mean"],
+        "training step (ms)": 1e3
+        * seconds
+        / (plan.total_steps - plan.pretraining_steps),
+    }, history
+
+
+def over_seeds(rows: list[Row]) -> Row:
+    """The means of the rows of a model, and how far its accuracies are apart."""
+    accuracies = [row["accuracy (%)"] for row in rows]
+    summary = {
+        name: statistics.mean(row[name] for row in rows)
+        for name, value in rows[0].items()
+        if isinstance(value, float)
+    }
+    return {
+        "model": rows[0]["model"],
+        "parameters": rows[0]["parameters"],
+        **summary,
+        "of each seed (%)": "  ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+    }
+
+
+def verdict(summaries: list[Row]) -> str:
+    """Which of the models is the better one, in a sentence."""
+    two, one = (row["accuracy (%)"] for row in summaries)
+    if two > one:
+        return f"Two scales beat one by {two - one:.1f} % of the images."
+    return f"Two scales do not beat one: {one - two:.1f} % of the images fewer."
+
+
+def main() -> None:
+    settings = tyro.cli(MultiscaleSettings)
+    options = DataOptions(
+        "fashion_mnist",
+        data_dir=settings.data_dir,
+        train_size=settings.train_size,
+        test_size=settings.test_size,
+        standardise=True,
+    )
+    try:
+        data = load(options)
+        data.train.steps_per_epoch(settings.batch_size)  # of which there must be one
+    except DataError as error:
+        sys.exit(f"Error: {error}")
+    rows, histories = [], {}
+    for seed in range(settings.seeds):
+        for name in MODELS:
+            row, history = train(settings, data, name, seed)
+            rows.append(row)
+            histories.setdefault(name, []).append(history)
+            print_table(f"{name}, seed {seed}", [row])
+    summaries = [
+        over_seeds([row for row in rows if row["model"] == name]) for name in MODELS
+    ]
+    print_table("Fashion-MNIST", summaries)
+    print(verdict(summaries))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, metric in zip(axes, ("loss", "evaluations"), strict=True):
+        for name, seeds in histories.items():
+            starts = range(0, len(seeds[0]) - WINDOW + 1, WINDOW)
+            curves = [
+                [means(history[start:][:WINDOW])[metric] for start in starts]
+                for history in seeds
+            ]
+            steps = [start + WINDOW for start in starts]
+            axis.plot(steps, np.mean(curves, axis=0), label=name)
+        axis.set(xlabel="training step", title=metric)
+    axes[0].legend()
+    save(settings, "multiscale", {"rows": rows, "summary": summaries}, figure)
+
+
+if __name__ == "__main__":
+    main()
