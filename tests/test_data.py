@@ -1,8 +1,11 @@
 """The training script's data: what is read, in which order, and what is refused."""
 
+import dataclasses
 import gzip
+import http.client
 import pickle
 import struct
+import zlib
 from urllib.error import URLError
 
 import data
@@ -10,6 +13,9 @@ import numpy as np
 import pytest
 from data import DataError, DataOptions, Examples, IGNORED, load, Text
 from PIL import Image
+
+
+pytestmark = pytest.mark.one_precision
 
 
 def refused(sentence, **options):
@@ -49,6 +55,17 @@ def test_last_test_batch_is_filled_with_ignored_examples():
     assert {x.shape for x in inputs} == {(3, 1)}
     targets = np.concatenate(targets)
     np.testing.assert_array_equal(targets, [0, 1, 2, 3, 4, 5, 6, IGNORED, IGNORED])
+
+
+def test_rest_of_an_epoch():
+    examples = dataclasses.replace(make_examples(23), keep_rest=True)
+    assert examples.steps_per_epoch(5) == 5
+    batches = [examples.training_batch(step, 5, 0) for step in range(5)]
+    assert {inputs.shape for inputs, _ in batches} == {(5, 1)}
+    targets = np.concatenate([targets for _, targets in batches])
+    np.testing.assert_array_equal(np.sort(targets[:23]), np.arange(23))
+    np.testing.assert_array_equal(targets[23:], [IGNORED, IGNORED])
+    np.testing.assert_array_equal(examples.targets, np.arange(23))
 
 
 def test_too_few_examples():
@@ -101,8 +118,13 @@ def test_standardise():
 def test_shift_and_mirror():
     rng = np.random.default_rng(0)
     images = rng.random((40, 2, 6, 5))
-    moved = data.shift_and_mirror(images, rng)
+    # A mask that says which pixel it is, in the first of the channels.
+    masks = np.arange(images[:, 0].size, dtype=np.int32).reshape(40, 6, 5)
+    images[:, 0] = 1 + masks
+    moved, moved_masks = data.shift_and_mirror(images, masks, rng)
     assert moved.shape == images.shape
+    np.testing.assert_array_equal(moved[:, 0], 1 + moved_masks)
+    assert np.min(moved_masks) == IGNORED
     mirrored = 0
     for image, result in zip(images, moved, strict=True):
         padded = np.pad(image, ((0, 0), (4, 4), (4, 4)))
@@ -112,6 +134,13 @@ def test_shift_and_mirror():
         assert straight or flipped
         mirrored += flipped
     assert 10 < mirrored < 30
+
+
+@pytest.mark.parametrize("option", ["augment", "standardise"])
+def test_only_images_are_augmented_and_standardised(tmp_path, option):
+    (path := tmp_path / "text").write_text("hello\nworld\n" * 5)
+    for options in (dict(dataset="copy_memory"), dict(dataset="text", data_dir=path)):
+        refused("Only images can be", **options, **{option: True})
 
 
 def test_augmentation_depends_on_the_step_alone():
@@ -220,12 +249,31 @@ def test_cifar_is_fetched(monkeypatch):
     assert next(images.test.test_batches(1))[0].max() == 1
 
 
-def test_no_network(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        URLError("no network"),
+        EOFError("the compressed file ended"),
+        zlib.error("invalid stored block lengths"),
+        http.client.IncompleteRead(b""),
+        ValueError("a checksum is wrong"),
+    ],
+)
+def test_no_network_or_a_damaged_download(monkeypatch, error):
+    def fetch_openml(*_, **options):
+        raise error
+
+    for module, dataset in ((data, "cifar100"), (data.mnist, "kmnist")):
+        monkeypatch.setattr(module, "fetch_openml", fetch_openml)
+        refused(f"{dataset} could not be fetched", dataset=dataset)
+
+
+def test_download_of_another_shape(monkeypatch):
     def fetch_openml(**options):
-        raise URLError("no network")
+        return np.zeros((2, 3071)), np.array(["3", "3"])
 
     monkeypatch.setattr(data, "fetch_openml", fetch_openml)
-    refused("give the folder of its files by --data-dir", dataset="cifar100")
+    refused("cifar10 could not be fetched", dataset="cifar10")
 
 
 # Segmentation.
@@ -260,6 +308,16 @@ def test_segmentation(masks):
     resized = load(DataOptions("segmentation", masks, image_size=(3, 4)))
     assert resized.input_shape == (3, 3, 4)
     assert set(np.unique(resized.train.targets)) <= set(range(-1, 4))
+
+
+def test_masks_without_a_class(masks):
+    for path in (masks / "test" / "masks").iterdir():
+        save(path, np.full((6, 8), 255, np.uint8))
+    refused(
+        "test set of segmentation has no target",
+        dataset="segmentation",
+        data_dir=masks,
+    )
 
 
 def damage_no_mask(folder):

@@ -175,11 +175,14 @@ def test_results():
     sol = eqx.filter_jit(too_few_steps.solve)(x)
     assert sol.result == optx.RESULTS.nonlinear_max_steps_reached
     too_few_steps = eqx.tree_at(lambda node: node.throw, too_few_steps, True)
-    with pytest.raises(RuntimeError, match="maximum number of solver steps"):
+    with pytest.raises(RuntimeError, match="maximum number of steps"):
         eqx.filter_jit(too_few_steps)(x)
     explosion = NeuralODE(lambda z, x: 1e30 * (z + x) ** 2, **UNROLLED)
     sol = eqx.filter_jit(explosion.solve)(1e9 * x)
     assert sol.result == optx.RESULTS.nonfinite
+    explosion = eqx.tree_at(lambda node: node.throw, explosion, True)
+    with pytest.raises(RuntimeError, match="Nonfinite"):
+        eqx.filter_jit(explosion)(1e9 * x)
 
 
 def test_arguments():

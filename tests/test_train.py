@@ -36,11 +36,20 @@ from networks import (
 from optimiser import make_optimiser, make_schedule, OptimiserOptions
 from recipes import RECIPES
 from records import read_records
-from trainer import jacobian_schedule, judge_batch, train, Trainer
+from trainer import (
+    jacobian_schedule,
+    judge_batch,
+    train,
+    Trainer,
+    with_random_budget,
+)
 
 import implicitnets as inn
 
 from .helpers import tolerance
+
+
+pytestmark = pytest.mark.one_precision
 
 
 SCRIPT = pathlib.Path(script.__file__)
@@ -60,6 +69,7 @@ FLAGS = [
     "--clip=1",
     "--log-every=1",
     "--checkpoint-every=3",
+    "--spectral-examples=20",  # of two batches
 ]
 
 
@@ -256,6 +266,17 @@ def test_one_sentence_for_what_cannot_be_read(monkeypatch, tmp_path):
     [
         (TrainingOptions, "epochs", -1),
         (TrainingOptions, "batch_size", 0),
+        (TrainingOptions, "skip_weight", -0.1),
+        (JacobianOptions, "jacobian_weight", -1.0),
+        (JacobianOptions, "jacobian_probability", 1.1),
+        (JacobianOptions, "jacobian_samples", 0),
+        (JacobianOptions, "jacobian_every", 0),
+        (EquilibriumOptions, "max_steps", 0),
+        (EquilibriumOptions, "max_steps_delta", 30),
+        (EquilibriumOptions, "test_max_steps", 0),
+        (EquilibriumOptions, "adjoint_max_steps", 0),
+        (EquilibriumOptions, "rtol", -1e-3),
+        (EquilibriumOptions, "damping", 1.0),
         (RunOptions, "log_every", 0),
         (OptimiserOptions, "clip", 0.0),
         (OptimiserOptions, "warmup_steps", -1),
@@ -265,6 +286,17 @@ def test_one_sentence_for_what_cannot_be_read(monkeypatch, tmp_path):
 def test_options_are_checked(options, name, value):
     with pytest.raises(ValueError, match=name):
         options(**{name: value})
+
+
+def test_nothing_to_train():
+    digits = load(DataOptions(train_size=40))
+    with pytest.raises(OptionError, match="no step to train"):
+        Plan.of(TrainingOptions(epochs=0), digits)
+
+
+def test_part_of_a_cluster():
+    with pytest.raises(OptionError, match="go with --distributed"):
+        script.connect(RunOptions(num_processes=2))
 
 
 PLAN = Plan(steps_per_epoch=10, pretraining_steps=20, total_steps=100, test_every=10)
@@ -418,6 +450,13 @@ def test_models_and_data_must_fit():
     with pytest.raises(DataError, match="takes grey images"):
         colours = image_data(8, 3, 3, False)
         build(TutorialOptions(), EquilibriumOptions(), colours, key=jr.key(0))
+    for model in (TutorialOptions(), TanhOptions(), ResNetOptions()):
+        with pytest.raises(DataError, match="these have masks"):
+            masks = image_data(8, 1, 3, True)
+            build(model, EquilibriumOptions(), masks, key=jr.key(0))
+    with pytest.raises(OptionError, match="groups.* must be a divisor"):
+        model = dataclasses.replace(MDEQ, groups=5)
+        build(model, EquilibriumOptions(), image_data(8, 3, 3, False), key=jr.key(0))
     with pytest.raises(DataError, match="multiples of 4; these have 6 x 6"):
         small = image_data(6, 3, 3, False)
         build(MDEQ, EquilibriumOptions(), small, key=jr.key(0))
@@ -440,11 +479,31 @@ def test_start_of_a_model_that_has_its_own():
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_adjoints(adjoint):
-    data, options = image_data(4, 1, 3, False), EquilibriumOptions(adjoint=adjoint)
-    options = dataclasses.replace(options, solver="broyden", start="injection")
+    data = image_data(4, 1, 3, False)
+    options = EquilibriumOptions("broyden", adjoint=adjoint, start="injection")
     network, _ = build(TanhOptions(3), options, data, key=jr.key(0))
     gradient = jax.grad(lambda x: network.layer(x).sum())
     assert eqx.filter_eval_shape(gradient, jnp.ones(3)).shape == (3,)
+
+
+def test_options_that_do_not_go_together():
+    data = image_data(4, 1, 3, False)
+    for sentence, options in (
+        ("shine goes with", EquilibriumOptions(adjoint="shine")),
+        ("one number of", EquilibriumOptions(adjoint="unrolled", max_steps_delta=1)),
+    ):
+        with pytest.raises(OptionError, match=sentence):
+            build(TanhOptions(3), options, data, key=jr.key(0))
+
+
+def test_random_numbers_of_steps():
+    options = EquilibriumOptions(max_steps=4, max_steps_delta=2)
+    data = image_data(4, 1, 3, False)
+    network, _ = build(TanhOptions(2), options, data, key=jr.key(0))
+    networks = [
+        with_random_budget(network, options, key=key) for key in jr.split(jr.key(1), 20)
+    ]
+    assert {int(network.layer.max_steps) for network in networks} == {2, 3, 4}
 
 
 def test_metrics_are_json(reference):

@@ -26,6 +26,7 @@ from .helpers import tolerance
 from .training import cross_entropy, fit, num_parameters, over_batch
 
 
+@pytest.mark.one_precision
 def test_causal_transformer():
     """The overfitting test of deq-jax, at its sizes: below 0.1 in a hundred steps."""
     config = CausalTransformerConfig(100, length=29, width=32, num_heads=8)
@@ -43,6 +44,32 @@ def test_causal_transformer():
     )
     _, _, losses = fit(loss, model, state, optimiser, num_steps=60)
     assert losses[-1] < 0.1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("width", 7),
+        ("width", 14),  # of which a sixteenth is nothing
+        ("cutoffs", (12, 6)),
+        ("cutoffs", (6, 20)),
+        ("local_size", 0),
+        ("memory_length", -1),
+    ],
+)
+def test_sizes_of_the_transformer_are_checked(name, value):
+    with pytest.raises(ValueError, match=rf"TransformerConfig\({name}=...\)` must be"):
+        dataclasses.replace(TINY_TRANSFORMER, **{name: value})
+
+
+def test_sizes_of_the_causal_transformer_are_checked():
+    with pytest.raises(ValueError, match="num_heads.* a divisor of the width 32"):
+        CausalTransformerConfig(width=32, num_heads=5)
+    config = CausalTransformerConfig(5, length=3, width=4, num_heads=2)
+    make = eqx.nn.make_with_state(CausalTransformerDEQ)
+    model, state = eqx.filter_eval_shape(make, config, key=jr.key(0))
+    with pytest.raises(ValueError, match="`x` must be at most 3 tokens long; got 4"):
+        eqx.filter_eval_shape(model, jnp.zeros(4, int), state)
 
 
 TINY_TRANSFORMER = TransformerConfig(
@@ -178,6 +205,7 @@ def test_relative_attention():
     assert np.allclose(out, expected, rtol=1e-4, atol=tolerance(1e-3, 1e-9))
 
 
+@pytest.mark.one_precision
 def test_training_the_transformer():
     """It learns to repeat what its memory holds, with all its dropouts."""
     config = dataclasses.replace(

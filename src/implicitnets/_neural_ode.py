@@ -149,15 +149,19 @@ class AbstractNeuralODE(eqx.Module):
             stepsize_controller=self.stepsize_controller,
             adjoint=self.adjoint,
             max_steps=self.max_steps,
-            throw=self.throw,
+            throw=False,
         )
         z1 = jtu.tree_map(lambda leaf: leaf[-1], solution.ys)
         z1 = tree_cast_like(z1, like)
+        residual = lax.stop_gradient(cell_residual(z1, arguments))
+        result = _as_result(solution.result, z1)
+        if self.throw:
+            z1 = result.error_if(z1, result != optx.RESULTS.successful)
         return EquilibriumSolution(
             z_star=z1,
             z0=z0,
-            residual=lax.stop_gradient(cell_residual(z1, arguments)),
-            result=_as_result(solution.result, z1),
+            residual=residual,
+            result=result,
             stats=self._stats(solution.stats),
         )
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
+from .._misc import check_argument, check_hyperparameter
 from .._solver.broyden import Broyden
 from ..nn import VariationalDropout
 from ._model import AbstractModel
@@ -28,6 +29,10 @@ class CausalTransformerConfig:
     - `width`: of the state at each position.
     - `num_heads`: of the attention.
     - `dropout`: the probability with which entries are dropped.
+
+    **Raises:**
+
+    `ValueError` for sizes that do not go together.
     """
 
     vocab_size: int = 32_000
@@ -35,6 +40,16 @@ class CausalTransformerConfig:
     width: int = 256
     num_heads: int = 4
     dropout: float = 0.1
+
+    def __post_init__(self):
+        for name in ("vocab_size", "length", "width", "num_heads"):
+            check_hyperparameter(self, name, getattr(self, name) >= 1, "at least 1")
+        check_hyperparameter(
+            self,
+            "num_heads",
+            self.width % self.num_heads == 0,
+            f"a divisor of the width {self.width}",
+        )
 
 
 class CausalTransformerCell(eqx.Module):
@@ -135,7 +150,9 @@ class CausalTransformerDEQ(AbstractModel):
         self.head = eqx.nn.Linear(width, config.vocab_size, key=head_key)
 
     def inject(self, x, state):
-        return jax.vmap(self.embedding)(x) + self.positions[: x.shape[0]], state
+        length, longest = len(x), len(self.positions)
+        check_argument("x", length, length <= longest, f"at most {longest} tokens long")
+        return jax.vmap(self.embedding)(x) + self.positions[:length], state
 
     def read_out(self, z, state):
         return jax.vmap(self.head)(z), state

@@ -1,4 +1,5 @@
 import dataclasses
+import functools as ft
 
 import diffrax as dfx
 import equinox as eqx
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
+from .._misc import check_hyperparameter
 from .._multiscale import MultiScaleCell
 from .._solver.broyden import Broyden
 from ..nn import VariationalDropout, weight_norm
@@ -24,7 +26,8 @@ class MDEQConfig:
     **Arguments:**
 
     - `channels`: of the state at each scale, from the finest to the coarsest, each of
-        half the height and width of the one before.
+        half the height and width of the one before. With a single scale there is
+        nothing to fuse, and the cell is one residual block.
     - `head_channels`: a quarter of the channels of the classifier's head at each scale.
     - `final_channels`: of the classifier before its last layer.
     - `num_classes`: the number of logits.
@@ -37,6 +40,10 @@ class MDEQConfig:
         weight normalisation.
     - `post_fuse_affine`: whether the last normalisations of the cell have weights.
     - `in_channels`: of an image.
+
+    **Raises:**
+
+    `ValueError` for sizes that do not go together.
     """
 
     channels: tuple[int, ...] = (24, 24)
@@ -51,6 +58,31 @@ class MDEQConfig:
     normalise_weights: bool = True
     post_fuse_affine: bool = False
     in_channels: int = 3
+
+    def __post_init__(self):
+        check = ft.partial(check_hyperparameter, self)
+        positive = min(self.channels, default=0) >= 1
+        check("channels", positive, "positive, one for each of some scales")
+        check(
+            "head_channels",
+            len(self.head_channels) == len(self.channels)
+            and min(self.head_channels) >= 1,
+            f"positive, one for each of the {len(self.channels)} scales",
+        )
+        for name in ("final_channels", "num_classes", "expansion", "in_channels"):
+            check(name, getattr(self, name) >= 1, "at least 1")
+        check("num_downsamples", self.num_downsamples >= 0, "at least 0")
+        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
+        check("kernel_size", odd, "odd and positive")
+        # Behind the fusion there are half as many groups.
+        groups = [self.groups] + [self.groups // 2] * (len(self.channels) > 1)
+        check(
+            "groups",
+            min(groups) >= 1
+            and all(channels % n == 0 for channels in self.channels for n in groups),
+            f"a divisor of all of the channels {self.channels}, and so must half of it "
+            "if there are several scales",
+        )
 
     @classmethod
     def cifar_tiny(cls) -> "MDEQConfig":
@@ -68,14 +100,34 @@ class MDEQConfig:
         )
 
     @classmethod
+    def cifar_large_regularised(cls) -> "MDEQConfig":
+        """That to train with [`implicitnets.jacobian_penalty`][]."""
+        return dataclasses.replace(cls.cifar_large(), dropout=0.22)
+
+    @classmethod
     def imagenet_small(cls) -> "MDEQConfig":
         """16.8 million parameters."""
         return cls._imagenet((32, 64, 128, 256), (24, 48, 96, 192))
 
     @classmethod
+    def imagenet_small_regularised(cls) -> "MDEQConfig":
+        """That to train with [`implicitnets.jacobian_penalty`][], with a wider head."""
+        return dataclasses.replace(
+            cls.imagenet_small(),
+            head_channels=(28, 56, 112, 224),
+            dropout=0.02,
+            post_fuse_affine=False,
+        )
+
+    @classmethod
     def imagenet_large(cls) -> "MDEQConfig":
         """67.1 million parameters."""
         return cls._imagenet((80, 160, 320, 640), (32, 64, 128, 256))
+
+    @classmethod
+    def imagenet_large_regularised(cls) -> "MDEQConfig":
+        """That to train with [`implicitnets.jacobian_penalty`][]."""
+        return dataclasses.replace(cls.imagenet_large(), post_fuse_affine=False)
 
     @classmethod
     def imagenet_xl(cls) -> "MDEQConfig":
@@ -269,12 +321,14 @@ class MDEQCell(eqx.Module):
             ]
             for source in range(num_scales)
         ]
-        post_fuse = [
-            _post_fuse_layer(channels, config, key)
-            for channels, key in zip(
-                config.channels, jr.split(post_fuse_key, num_scales)
-            )
-        ]
+        post_fuse = None  # of a single scale
+        if num_scales > 1:
+            post_fuse = [
+                _post_fuse_layer(channels, config, key)
+                for channels, key in zip(
+                    config.channels, jr.split(post_fuse_key, num_scales)
+                )
+            ]
         blocks, mapping, post_fuse = draw_normal(
             (blocks, mapping, post_fuse), eqx.nn.Conv2d, std=0.01, key=draw_key
         )

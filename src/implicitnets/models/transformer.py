@@ -1,4 +1,5 @@
 import dataclasses
+import functools as ft
 import itertools
 import math
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
+from .._misc import check_hyperparameter
 from .._solution import EquilibriumSolution
 from .._solver.anderson import AndersonAcceleration
 from ..nn import VariationalDropout, weight_norm
@@ -37,6 +39,10 @@ class TransformerConfig:
     - `pre_norm`: whether layer normalisation stands before attention and feed-forward
         layer instead of behind them.
     - `normalise_weights`: whether the cell has weight normalisation.
+
+    **Raises:**
+
+    `ValueError` for sizes that do not go together.
     """
 
     vocab_size: int
@@ -51,6 +57,32 @@ class TransformerConfig:
     attention_dropout: float = 0.0
     pre_norm: bool = False
     normalise_weights: bool = True
+
+    def __post_init__(self):
+        check = ft.partial(check_hyperparameter, self)
+        for name in (
+            "vocab_size",
+            "num_heads",
+            "head_width",
+            "inner_width",
+            "local_size",
+        ):
+            check(name, getattr(self, name) >= 1, "at least 1")
+        check("memory_length", self.memory_length >= 0, "at least 0")
+        ends = (0, *self.cutoffs, self.vocab_size)
+        check(
+            "cutoffs",
+            all(a < b for a, b in itertools.pairwise(ends)),
+            f"positive, increasing and below the vocabulary's size {self.vocab_size}",
+        )
+        # The embedding of a distance is as many sines as cosines; the last cluster's
+        # embeddings have at least one feature.
+        narrowest = 4 ** len(self.cutoffs)
+        check(
+            "width",
+            self.width % 2 == 0 and self.width >= max(2, narrowest),
+            f"even, and at least {max(2, narrowest)}",
+        )
 
     @classmethod
     def wikitext103(cls) -> "TransformerConfig":
