@@ -1,3 +1,17 @@
+import os
+
+
+# Compiling is most of the time of the tests, and these two halve it: XLA's fusion
+# emitters on CPU, and LLVM's optimisations. Before JAX starts, and for the processes
+# that tests start.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_backend_optimization_level=0",
+    ]
+)
+
 import equinox.internal as eqxi
 import jax
 import pytest
@@ -7,6 +21,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A compilation cache of the user's would hide what a test compiles.
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Run what is marked as independent of the precision in float32 only."""
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        once = [item for item in items if item.get_closest_marker("one_precision")]
+        config.hook.pytest_deselected(items=once)
+        items[:] = [item for item in items if item not in set(once)]
 
 
 @pytest.fixture

@@ -10,6 +10,9 @@ import pytest
 import implicitnets as inn
 
 
+pytestmark = pytest.mark.one_precision
+
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 

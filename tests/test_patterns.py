@@ -11,6 +11,9 @@ import pytest
 import implicitnets as inn
 
 
+pytestmark = pytest.mark.one_precision
+
+
 def all_modules() -> list[type[eqx.Module]]:
     for info in pkgutil.walk_packages(inn.__path__, "implicitnets."):
         importlib.import_module(info.name)

@@ -14,6 +14,9 @@ from implicitnets import plot
 from .helpers import dense_cell, make_vector
 
 
+pytestmark = pytest.mark.one_precision
+
+
 @pytest.fixture(autouse=True)
 def close_figures():
     yield

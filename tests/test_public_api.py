@@ -1,6 +1,11 @@
 import difflib
 
+import pytest
+
 from .public_api import describe, PATH
+
+
+pytestmark = pytest.mark.one_precision
 
 
 def test_public_api_is_as_reviewed():

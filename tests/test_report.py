@@ -4,9 +4,16 @@ import json
 import re
 import sys
 
+import measure
+import methods
+import numpy as np
+import problems
 import pytest
 import report
 import sections
+
+
+pytestmark = pytest.mark.one_precision
 
 
 def skip_row(model, evaluations, accuracy):
@@ -173,9 +180,43 @@ def test_pivot_names_what_failed():
     rows = [
         {"method": "a", "problem": "p", "ms": 1.0},
         {"method": "a", "problem": "q"},
+        {"method": "b", "problem": "p", "result": "not run: dense Jacobian"},
         {"method": "b", "problem": "q", "ms": 2.0},
     ]
     assert sections.pivot(rows, ("method",), "problem", "ms") == [
         {"method": "a", "p": 1.0, "q": "failed"},
-        {"method": "b", "q": 2.0},
+        {"method": "b", "p": "not run", "q": 2.0},
     ]
+
+
+def test_promises():
+    kept = [
+        measure.promise("at most", 1.0, 1.0),
+        measure.promise("at least", 3.0, least=3.0),
+        measure.promise("between", 1.0, 1.1, least=0.9),
+    ]
+    broken = [
+        measure.promise("below", 1.0, 1.0, below=True),
+        measure.promise("no less", 2.9, least=3.0),
+        measure.promise("nothing", float("nan"), 1.0),
+    ]
+    assert [row["kept"] for row in kept + broken] == ["yes"] * 3 + ["NO"] * 3
+    assert sections.promise_sentences({"promises": kept}) == "3 of 3 were kept."
+    assert sections.promise_sentences({"promises": kept + broken}) == (
+        "3 of 6 were kept. Not kept: below; no less; nothing."
+    )
+
+
+def test_columns_without_values_are_not_shown():
+    table = measure.markdown_table([{"a": 1, "b": None}, {"a": None, "b": None}])
+    assert "a" in table and "b" not in table
+
+
+def test_one_false_claim_of_success_is_found():
+    problem = problems.linear(0.5, batch=3)
+    residual = np.array([1e-9, 1e-3, np.nan])
+    claims = methods.false_claims(problem, residual, np.array([True, True, False]))
+    assert claims.tolist() == [False, True, False]
+    says = methods.verdict(problem, residual, None, np.array([True, False, True]))
+    assert says.startswith("WRONG: 1 successful")
+    assert methods.verdict(problem, residual, None, False).startswith("failed")

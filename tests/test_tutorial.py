@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 
+pytestmark = pytest.mark.one_precision
+
+
 def idx(array):
     header = struct.pack(f">I{array.ndim}I", 0x800 | array.ndim, *array.shape)
     return header + array.tobytes()

@@ -10,6 +10,9 @@ import implicitnets as inn
 from implicitnets import plot
 
 
+pytestmark = pytest.mark.one_precision
+
+
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "tutorials"
 # `mnist.py` is a program with options and has tests of its own.
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "mnist")
