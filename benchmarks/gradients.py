@@ -1,20 +1,24 @@
 """How good is every adjoint's gradient, and what does it cost in time and memory?
 
-The relative error and the cosine to the exact gradient, the time of the backward pass
-alone, and temporary memory, on dense and convolutional cells from easy to hard; what
-the adjoints promise; and memory against the number of solver steps.
+The relative error and the cosine to the exact gradient, the Jacobian products and the
+time of the backward pass alone, and temporary memory, on dense and convolutional cells
+from easy to hard; the errors at equal numbers of products; what the adjoints promise;
+and memory against the number of solver steps.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import matplotlib.pyplot as plt
 import numpy as np
 import optimistix as optx
 import tyro
+from jaxtyping import Array
 from matplotlib.figure import Figure
 from measure import (
     compile_and_run,
@@ -27,7 +31,7 @@ from measure import (
     Settings,
     time_calls,
 )
-from methods import gradient_program, Method
+from methods import backward_products, gradient_program, Method, ROUNDING
 from problems import (
     conv_tanh,
     dense_tanh,
@@ -35,16 +39,25 @@ from problems import (
     Problem,
     Reference,
     reference,
+    residuals,
     resnet,
 )
 
 import implicitnets as inn
 
 
-RADII = (0.5, 0.9, 0.99)
 # Tight, so that a gradient's error is the adjoint's.
 TOLERANCE = 1e-6
-DEPTHS = (5, 20, 50, 200)
+# A loss may be as small as this.
+SCALE = 1e-8
+DEPTHS = (5, 50, 200)
+UNROLLED = "plain iteration, unrolled"
+# Adjoints that cost so many products, with and without Broyden's inverse.
+EQUAL_COST = {
+    0: ("Jacobian-free", "SHINE, 0 refinements"),
+    2: ("Neumann, 3 terms", "GMRES, 2 products", "SHINE, 1 refinement"),
+    6: ("Neumann, 7 terms", "GMRES, 6 products", "SHINE, 5 refinements"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +66,8 @@ class Config(Settings):
 
     batch: int = 16
     """How many examples to solve."""
+    radii: tuple[float, ...] = (0.5, 0.9, 0.99)
+    """The spectral radii of the cells."""
 
 
 def methods() -> list[Method]:
@@ -61,28 +76,61 @@ def methods() -> list[Method]:
     All solve with Broyden's method, whose inverse SHINE needs, but for the reversible
     one, which has a solver of its own.
     """
-    exact = inn.ImplicitAdjoint(inn.GivensGMRES(rtol=1e-4, atol=0.0))
     adjoints = {
-        "implicit": exact,
+        "implicit": inn.ImplicitAdjoint(inn.GivensGMRES(rtol=1e-4, atol=0.0)),
         "implicit, Anderson": inn.ImplicitAdjoint(
             inn.FixedPointLinearSolver(inn.AndersonAcceleration(1e-4, 0.0))
         ),
         "Jacobian-free": inn.JacobianFreeAdjoint(),
+        **{f"phantom, {n} steps": inn.PhantomAdjoint(n) for n in (2, 5, 20)},
+        **{f"Neumann, {n} terms": inn.NeumannAdjoint(n) for n in (3, 7)},
+        **{
+            f"GMRES, {n} products": inn.ImplicitAdjoint(
+                inn.GivensGMRES(rtol=0.0, atol=0.0, max_steps=n)
+            )
+            for n in (2, 6)
+        },
+        "SHINE, 0 refinements": inn.ShineAdjoint(0),
+        "SHINE, 1 refinement": inn.ShineAdjoint(1),
+        "SHINE, 5 refinements": inn.ShineAdjoint(5),
     }
-    for number in (2, 5, 20):
-        adjoints[f"phantom, {number} steps"] = inn.PhantomAdjoint(number)
-    for number in (2, 6):
-        adjoints[f"Neumann, {number} terms"] = inn.NeumannAdjoint(number)
-    for number in (0, 1, 5):
-        adjoints[f"SHINE, {number} refinements"] = inn.ShineAdjoint(number)
     solver = inn.Broyden(TOLERANCE, 0.0)
     rows = [Method(name, solver, adjoint=adjoint) for name, adjoint in adjoints.items()]
     reversible = inn.ReversibleFixedPoint(TOLERANCE, 0.0, damping=0.5)
     adjoint = inn.ReversibleAdjoint()
+    # No more steps than can be undone in float32.
     rows.append(Method("reversible", reversible, adjoint=adjoint, max_steps=12))
     unrolled = optx.RecursiveCheckpointAdjoint()
     rows.append(Method("unrolled", solver, adjoint=unrolled, max_steps=300))
     return rows
+
+
+def count_products(problem: Problem, method: Method, z: Array) -> int | None:
+    """The products of a backward pass, the most of an example; `None` if unknown.
+
+    Those of the iterative adjoints are counted, the others' are what they are made of.
+    """
+    adjoint = method.adjoint
+    if isinstance(adjoint, inn.JacobianFreeAdjoint):
+        return 0
+    if isinstance(adjoint, inn.NeumannAdjoint):
+        return adjoint.num_terms - 1
+    if isinstance(adjoint, inn.PhantomAdjoint):
+        return adjoint.num_steps - 1
+    if isinstance(adjoint, inn.ShineAdjoint):
+        return adjoint.refinement_steps and adjoint.refinement_steps + 1
+    if not isinstance(adjoint, inn.ImplicitAdjoint):
+        return None
+    linear_solver = adjoint.linear_solver
+    if isinstance(linear_solver, lx.GMRES):
+        return None
+    if isinstance(linear_solver, inn.GivensGMRES) and linear_solver.rtol == 0.0:
+        return linear_solver.max_steps
+    arguments = problem.weights, problem.inputs, z, problem.cotangent
+    products = backward_products(
+        *arguments, kind=problem.kind, linear_solver=linear_solver
+    )
+    return int(products.max())
 
 
 def pull_back_program(problem: Problem, method: Method) -> Callable:
@@ -120,18 +168,26 @@ def prepare(ref: Reference, method: Method) -> tuple[Row, Callable[[], Any]]:
     weights, x, cotangent = jax.tree.map(
         jnp.asarray, (problem.weights, problem.inputs, problem.cotangent)
     )
-    _, pull_back = jax.jit(pull_back_program(problem, method))(weights, x)
+    z, pull_back = jax.jit(pull_back_program(problem, method))(weights, x)
+    residual = float(residuals(problem, np.asarray(z)).max())
     backward, (gradient,) = compile_and_run(
         lambda pull_back, ct: pull_back(ct), pull_back, cotangent
     )
     gradient = jax.tree.map(np.asarray, gradient)
-    arguments = weights, x, cotangent
+    (scaled,) = backward.at(pull_back, SCALE * cotangent)
+    scaled = {name: np.asarray(g, float) / SCALE for name, g in scaled.items()}
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pull_back))
     row: Row = {
         "problem": problem.name,
         "adjoint": method.name,
+        "forward": "ok" if residual <= TOLERANCE + ROUNDING else "NOT CONVERGED",
+        "forward residual": residual,
+        "products": count_products(problem, method, z),
         "gradient error": ref.gradient_error(gradient),
+        f"error at scale {SCALE:g}": ref.gradient_error(scaled),
         "cosine": ref.cosine(gradient),
-        "temp (MB)": megabytes(gradient_program(problem, method), *arguments),
+        # What the backward pass is handed, and what it takes besides.
+        "memory (MB)": (kept + backward.temp_bytes) / 1e6,
     }
     return row, backward.call
 
@@ -145,43 +201,47 @@ def megabytes(program: Callable, *arguments: Any) -> float:
 def promises(rows: list[Row]) -> list[Row]:
     """What the adjoints promise, from the table."""
     lines = []
-    names = list(dict.fromkeys(row["problem"] for row in rows))
-    for name in names:
+    for name in dict.fromkeys(row["problem"] for row in rows):
         of = {row["adjoint"]: row for row in rows if row["problem"] == name}
 
-        def error(adjoint, of=of):
-            return of[adjoint]["gradient error"]
+        def ratio(column, adjoint, other, of=of):
+            return of[adjoint][column] / of[other][column]
 
+        exact = of["implicit"]
+        ours = exact[f"error at scale {SCALE:g}"] / exact["gradient error"]
+        what = f"{name}: implicit, error of a loss x {SCALE:g} / x 1"
+        lines.append(promise(what, ours, 1.1))
         steps = ["Jacobian-free"] + [f"phantom, {n} steps" for n in (2, 5, 20)]
-        for fewer, more in zip(steps, steps[1:], strict=False):
+        for fewer, more in itertools.pairwise(steps):
             what = f"{name}: error, {more} / {fewer}"
-            lines.append(promise(what, error(more) / error(fewer), 1.0))
+            shrinks = ratio("gradient error", more, fewer)
+            lines.append(promise(what, shrinks, 1.0, below=True))
         if "0.99" in name:
             for cheap in ("Jacobian-free", "SHINE, 0 refinements"):
-                ratio = of[cheap]["backward (ms)"] / of["implicit"]["backward (ms)"]
-                lines.append(promise(f"{name}: time, {cheap} / implicit", ratio, 0.1))
+                what = f"{name}: time, {cheap} / implicit"
+                lines.append(
+                    promise(what, ratio("backward (ms)", cheap, "implicit"), 0.1)
+                )
     return lines
 
 
 def shine(rows: list[Row]) -> list[Row]:
     """Whether what Broyden's method has learned helps, at equal cost.
 
-    A refinement of SHINE costs a product, as does a term of the series after the first.
+    The columns say how many products each costs.
     """
     table = []
     for name in dict.fromkeys(row["problem"] for row in rows):
-        of = {r["adjoint"]: r["gradient error"] for r in rows if r["problem"] == name}
-        table.append(
-            {
-                "problem": name,
-                "Jacobian-free": of["Jacobian-free"],
-                "SHINE": of["SHINE, 0 refinements"],
-                "Neumann, 2 terms": of["Neumann, 2 terms"],
-                "SHINE, 1 product": of["SHINE, 1 refinements"],
-                "Neumann, 6 terms": of["Neumann, 6 terms"],
-                "SHINE, 5 products": of["SHINE, 5 refinements"],
-            }
-        )
+        of = {row["adjoint"]: row for row in rows if row["problem"] == name}
+        line: Row = {"problem": name}
+        for cost, adjoints in EQUAL_COST.items():
+            for adjoint in adjoints:
+                row = of[adjoint]
+                if row["products"] != cost:
+                    raise RuntimeError(f"{adjoint} took {row['products']} products.")
+                column = f"{adjoint.split(',')[0]}, {cost} products"
+                line[column] = row["gradient error"]
+        table.append(line)
     return table
 
 
@@ -191,12 +251,17 @@ def memory() -> list[Row]:
     arguments = jax.tree.map(
         jnp.asarray, (problem.weights, problem.inputs, problem.cotangent)
     )
-    solver = inn.AndersonAcceleration(rtol=0.0, atol=0.0)
-    adjoints = {
-        "implicit": inn.ImplicitAdjoint(),
-        "Jacobian-free": inn.JacobianFreeAdjoint(),
-        "phantom, 5 steps": inn.PhantomAdjoint(5),
-        "Anderson, checkpointed": optx.RecursiveCheckpointAdjoint(),
+    anderson = inn.AndersonAcceleration(rtol=0.0, atol=0.0)
+    reversible = inn.ReversibleFixedPoint(rtol=0.0, atol=0.0)
+    broyden = inn.Broyden(rtol=0.0, atol=0.0)
+    pairs = {
+        "implicit": (anderson, inn.ImplicitAdjoint()),
+        "Jacobian-free": (anderson, inn.JacobianFreeAdjoint()),
+        "phantom, 5 steps": (anderson, inn.PhantomAdjoint(5)),
+        "Neumann, 7 terms": (anderson, inn.NeumannAdjoint(7)),
+        "SHINE, 5 refinements": (broyden, inn.ShineAdjoint(5)),
+        "reversible": (reversible, inn.ReversibleAdjoint()),
+        "Anderson, checkpointed": (anderson, optx.RecursiveCheckpointAdjoint()),
     }
 
     def unrolled(depth):
@@ -210,19 +275,44 @@ def memory() -> list[Row]:
     rows = []
     for depth in progress(DEPTHS, "memory"):
         row: Row = {"steps": depth}
-        for name, adjoint in adjoints.items():
+        for name, (solver, adjoint) in pairs.items():
             method = Method(name, solver, adjoint=adjoint, max_steps=depth)
             row[name] = megabytes(gradient_program(problem, method), *arguments)
-        row["plain iteration, unrolled"] = megabytes(unrolled(depth), *arguments)
+        row[UNROLLED] = megabytes(unrolled(depth), *arguments)
         rows.append(row)
     return rows
+
+
+def memory_promises(rows: list[Row]) -> list[Row]:
+    """That memory does not grow with the steps, and that it does when unrolled."""
+    lines = []
+    first, last = rows[0], rows[-1]
+    for name in first:
+        if name not in ("steps", "Anderson, checkpointed", UNROLLED):
+            sizes = [row[name] for row in rows]
+            what = f"memory, {last['steps']} / {first['steps']} steps: {name}"
+            lines.append(promise(what, max(sizes) / min(sizes), 1.1))
+
+    def growth(row, other):
+        return (other[UNROLLED] - row[UNROLLED]) / (other["steps"] - row["steps"])
+
+    late, early = growth(*rows[-2:]), growth(*rows[:2])
+    what = f"memory a step, late / early (1 is linear growth): {UNROLLED}"
+    lines.append(promise(what, late / early, 1.1, least=0.9))
+    return lines
 
 
 def draw_errors(rows: list[Row]) -> Figure:
     """Error against backward time, a panel a problem."""
     names = list(dict.fromkeys(row["problem"] for row in rows))
+    columns = -(-len(names) // 2)
     figure, axes = plt.subplots(
-        2, 3, figsize=(15, 9), layout="constrained", sharey=True
+        2,
+        columns,
+        figsize=(5 * columns, 9),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
     )
     for axis, name in zip(axes.flat, names, strict=True):
         for i, row in enumerate(r for r in rows if r["problem"] == name):
@@ -260,19 +350,15 @@ def main() -> None:
     config = tyro.cli(Config)
     rows = []
     for make in (dense_tanh, conv_tanh):
-        for radius in RADII:
+        for radius in config.radii:
             new_rows = compare(config, make(radius))
             print_table(new_rows[0]["problem"], new_rows)
             rows += new_rows
     shine_rows = shine(rows)
-    print_table("Errors at equal cost", shine_rows)
+    print_table("Errors of the gradient at equal numbers of products", shine_rows)
     memory_rows = memory()
     print_table("Temporary memory (MB)", memory_rows)
-    lines = promises(rows)
-    for name in ("implicit", "Jacobian-free", "phantom, 5 steps"):
-        sizes = [row[name] for row in memory_rows]
-        what = f"memory, {DEPTHS[-1]} / {DEPTHS[0]} steps: {name}"
-        lines.append(promise(what, max(sizes) / min(sizes), 1.1))
+    lines = [*promises(rows), *memory_promises(memory_rows)]
     print_table("What the adjoints promise", lines)
     save(
         config,

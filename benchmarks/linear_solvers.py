@@ -7,15 +7,12 @@ the table in the docstring of `ImplicitAdjoint` is this one.
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import lineax as lx
-import numpy as np
 import optimistix as optx
 import tyro
 from gradients import prepare, TOLERANCE
 from measure import bar_figure, print_table, progress, Row, save, Settings, time_calls
-from methods import Method, products_program
+from methods import Method
 from problems import dense_tanh, linear, Problem, reference, resnet
 
 import implicitnets as inn
@@ -71,19 +68,12 @@ def compare(config: Config, problem: Problem) -> list[Row]:
         cotangent=problem.cotangent[: config.batch],
     )
     ref = reference(problem)
-    arguments = jax.tree.map(jnp.asarray, (problem.weights, problem.inputs))
-    z, cotangent = jnp.asarray(ref.z_star, jnp.float32), jnp.asarray(problem.cotangent)
     rows, calls = [], {}
     for name, solver in progress(linear_solvers().items(), problem.name):
         forward = inn.NewtonKrylov(TOLERANCE, 0.0)
         method = Method(name, forward, adjoint=inn.ImplicitAdjoint(solver))
         row, calls[name] = prepare(ref, method)
-        row["linear solver"] = row.pop("adjoint")
-        if not isinstance(solver, lx.GMRES):
-            counted = dataclasses.replace(method, linear_solver=solver)
-            products = jax.jit(products_program(problem, counted))
-            row["products"] = int(np.max(products(*arguments, z, cotangent)))
-        rows.append(row)
+        rows.append({"linear solver": row.pop("adjoint"), **row})
     seconds = time_calls(calls, config.repeats, f"{problem.name}, timing")
     return [
         {**row, "backward (ms)": 1e3 * seconds[row["linear solver"]]} for row in rows

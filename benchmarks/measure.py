@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -36,8 +37,13 @@ LIBRARIES = (
 )
 # A call shorter than this is timed several at a time.
 SHORTEST_SECONDS = 0.02
-# A row that has taken longer altogether is not timed again.
+# A row that has taken longer altogether is not timed again, and one whose first call
+# has taken this long is not timed again at all.
 LONGEST_SECONDS = 10.0
+LONGEST_CALL = 2.0
+
+# How the result of a row begins that was left out on purpose.
+NOT_RUN = "not run"
 
 Row = dict[str, Any]
 
@@ -54,9 +60,13 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled function, with what it took until its first result."""
+    """A compiled function, with what it took until its first result.
 
-    call: Callable[..., Any]
+    `call` is it at the arguments that it was compiled for, `at` at any of their kind.
+    """
+
+    call: Callable[[], Any]
+    at: Callable[..., Any]
     first_seconds: float
     temp_bytes: int
 
@@ -73,7 +83,7 @@ def compile_and_run(function: Callable, *args: Any) -> tuple[Compiled, Any]:
     def call():
         return jax.block_until_ready(compiled(*args))
 
-    return Compiled(call, first_seconds, temp_bytes), out
+    return Compiled(call, compiled, first_seconds, temp_bytes), out
 
 
 def seconds_a_call(call: Callable[[], Any], estimate: float) -> float:
@@ -93,7 +103,8 @@ def interleave(
     **Arguments:**
 
     - `timers`: each takes an estimate of its seconds, and returns its seconds.
-    - `repeats`: the number of turns, after one that warms up.
+    - `repeats`: the number of turns, after one that warms up. What takes seconds needs
+        no warming up, and its first turn is its only one.
     - `description`: of the progress bar.
 
     **Returns:**
@@ -103,9 +114,9 @@ def interleave(
     times = {key: [timer(1.0)] for key, timer in timers.items()}
     for _ in progress(range(repeats), description):
         for key, timer in timers.items():
-            if len(times[key]) == 1 or sum(times[key]) < LONGEST_SECONDS:
+            if times[key][0] < LONGEST_CALL and sum(times[key]) < LONGEST_SECONDS:
                 times[key].append(timer(times[key][-1]))
-    return {key: statistics.median(values[1:]) for key, values in times.items()}
+    return {key: statistics.median(v[1:] or v) for key, v in times.items()}
 
 
 def time_calls(
@@ -130,8 +141,9 @@ def print_table(title: str, rows: list[Row]) -> None:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """Rows, whose keys are the columns, as a Markdown table."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """Rows, whose keys are the columns, as a Markdown table without empty columns."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns = [k for k in keys if any(row.get(k) is not None for row in rows)]
     cells = [[_format(row.get(column)) for column in columns] for row in rows]
     align = ["left" if _is_text(rows, column) else "right" for column in columns]
     return tabulate(cells, columns, "github", colalign=align, disable_numparse=True)
@@ -149,13 +161,38 @@ def _format(value: Any) -> str:
     return str(value)
 
 
-def promise(what: str, measured: float, most: float) -> Row:
-    """A line of a table of promises: a figure, and the most that it may be."""
+def promise(
+    what: str,
+    measured: float,
+    most: float | None = None,
+    *,
+    least: float | None = None,
+    below: bool = False,
+) -> Row:
+    """A line of a table of promises: a figure, and what it may be.
+
+    **Arguments:**
+
+    - `what`: which figure.
+    - `measured`: it.
+    - `most`: the most that it may be, if there is such a bound.
+    - `least`: the least that it may be, if there is such a bound.
+    - `below`: whether it has to be below `most`.
+
+    **Returns:**
+
+    The line.
+    """
+    kept = (least is None or measured >= least) and (
+        most is None or (measured < most if below else measured <= most)
+    )
     return {
         "promise": what,
         "measured": measured,
-        "at most": most,
-        "kept": "yes" if measured <= most else "NO",
+        "at least": least,
+        "below": most if below else None,
+        "at most": None if below else most,
+        "kept": "yes" if kept else "NO",
     }
 
 
@@ -202,12 +239,17 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
+def without_value(row: Row) -> str:
+    """Why a row has no time, in a word or two."""
+    return NOT_RUN if row.get("result", "").startswith(NOT_RUN) else "failed"
+
+
 def bar_figure(
     rows: list[Row], *, panel: str, label: str, values: list[str], unit: str
 ) -> Figure:
     """Horizontal bars of some columns of rows, one panel for each value of another.
 
-    A row without a value, because it failed, has the word in place of its bar.
+    A row without a value has in place of its bar a word that says why.
 
     **Arguments:**
 
@@ -242,7 +284,8 @@ def bar_figure(
             for y, row in enumerate(chosen):
                 position = y + (i - (len(values) - 1) / 2) * height
                 if row.get(value) is None:
-                    axis.text(left, position, " failed", va="center", color="grey")
+                    text = f" {without_value(row)}"
+                    axis.text(left, position, text, va="center", color="grey")
                 else:
                     axis.barh(position, row[value], height, color=f"C{i}")
         axis.set(title=name, xscale="log", xlabel=unit)
@@ -255,19 +298,28 @@ def bar_figure(
 
 
 def promise_figure(rows: list[Row]) -> Figure:
-    """Bars of what was measured as a share of what was promised."""
-    shares = [
-        {
-            **row,
-            "panel": "measured / promised",
-            "share": row["measured"] / row["at most"],
-        }
-        for row in rows
-        if row["measured"] > 0
-    ]
+    """Bars of what was measured as a share of what was promised: 1 or less is kept."""
+    shares = []
+    for row in rows:
+        share = _share(row)
+        if share is not None:
+            panel = "the bound / measured, or measured / the bound"
+            shares.append({**row, "panel": panel, "share": share})
     figure = bar_figure(
         shares, panel="panel", label="promise", values=["share"], unit="share"
     )
-    figure.axes[0].axvline(1, color="black")
+    figure.axes[0].axvline(1, color="grey")
     figure.set_size_inches(10, figure.get_size_inches()[1])
     return figure
+
+
+def _share(row: Row) -> float | None:
+    """How much of its bound a promise takes up; `None` for what no bar can show."""
+    measured, least = row["measured"], row.get("at least")
+    most = row.get("at most") or row.get("below")
+    if measured is None or not 0 < measured < math.inf:
+        return None
+    shares = [] if least is None else [least / measured]
+    if most:
+        shares.append(measured / most)
+    return max(shares, default=None)

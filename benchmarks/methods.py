@@ -1,6 +1,7 @@
 """Solvers and adjoints of this library as compiled, checked, timed table rows."""
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optimistix as optx
-from measure import compile_and_run, Compiled, Row, time_calls
+from measure import compile_and_run, Compiled, NOT_RUN, Row, time_calls
 from problems import layer_cell, Problem, Reference, residuals
 
 import implicitnets as inn
@@ -34,7 +35,8 @@ LARGEST_GRADIENT_ERROR = {
 class Method:
     """A solver, an adjoint and a name for the two.
 
-    `adjoint` is `None` for the adjoint with the given linear solver.
+    `adjoint` is `None` for the adjoint with the given linear solver. A solver that is
+    `dense` makes a matrix of the state's size squared, and is not run on large ones.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Method:
     linear_solver: lx.AbstractLinearSolver = inn.GivensGMRES(rtol=1e-4, atol=0.0)
     adjoint: optx.AbstractAdjoint | None = None
     max_steps: int = 1000
+    dense: bool = False
 
     def layer(self, cell: Any) -> inn.DeepEquilibriumNetwork:
         """The equilibrium layer of a cell."""
@@ -55,6 +58,7 @@ class Method:
 
 # A dense Jacobian of a larger state is not worth its cost.
 LARGEST_DENSE_STATE = 256
+NEWTON_GMRES = "Newton, GMRES (Optimistix)"
 
 
 def discrete_methods(problem: Problem, norm: float) -> list[Method]:
@@ -70,19 +74,28 @@ def discrete_methods(problem: Problem, norm: float) -> list[Method]:
     atol = rtol * norm
     stock = {"rtol": 0.0, "atol": atol, "norm": optx.two_norm}
     gmres = lx.GMRES(1e-3, 1e-3)
-    solvers = {
+    matrix_free = {
         "Picard (Optimistix)": optx.FixedPointIteration(**stock),
         "Anderson": inn.AndersonAcceleration(rtol, 0.0),
         "Anderson, history 10": inn.AndersonAcceleration(rtol, 0.0, history_size=10),
         "Broyden": inn.Broyden(rtol, 0.0),
+        "Broyden, good updates": inn.Broyden(rtol, 0.0, good_update=True),
+        "Broyden, bad updates": inn.Broyden(rtol, 0.0, good_update=False),
         "Newton-Krylov": inn.NewtonKrylov(rtol, 0.0),
-        "Newton, GMRES (Optimistix)": optx.Newton(rtol, atol, linear_solver=gmres),
+        "reversible": inn.ReversibleFixedPoint(rtol, 0.0),
+        NEWTON_GMRES: optx.Newton(rtol, atol, linear_solver=gmres),
     }
-    if problem.inputs[0].size <= LARGEST_DENSE_STATE:
-        solvers["Newton (Optimistix)"] = optx.Newton(rtol, atol)
-        solvers["Chord (Optimistix)"] = optx.Chord(rtol, atol)
-        solvers["Dogleg (Optimistix)"] = optx.Dogleg(rtol, atol)
-    return [Method(name, solver) for name, solver in solvers.items()]
+    dense = {
+        "Newton (Optimistix)": optx.Newton(rtol, atol),
+        "Chord (Optimistix)": optx.Chord(rtol, atol),
+        "Dogleg (Optimistix)": optx.Dogleg(rtol, atol),
+        "Levenberg-Marquardt (Optimistix)": optx.LevenbergMarquardt(rtol, atol),
+        "BFGS (Optimistix)": optx.BFGS(rtol, atol),
+    }
+    return [
+        Method(name, solver, dense=name in dense)
+        for name, solver in {**matrix_free, **dense}.items()
+    ]
 
 
 def continuous_methods(problem: Problem) -> list[Method]:
@@ -95,16 +108,17 @@ def continuous_methods(problem: Problem) -> list[Method]:
         dfx.Dopri5(),
         dfx.Dopri8(),
         inn.VCABM3(),
+        dfx.ImplicitEuler(),
+        dfx.Kvaerno3(),
+        dfx.Kvaerno4(),
+        dfx.Kvaerno5(),
     ]
-    if problem.inputs[0].size <= LARGEST_DENSE_STATE:
-        ode_solvers += [
-            dfx.ImplicitEuler(),
-            dfx.Kvaerno3(),
-            dfx.Kvaerno4(),
-            dfx.Kvaerno5(),
-        ]
     return [
-        Method(type(solver).__name__, inn.SteadyState(solver, problem.rtol, 0.0))
+        Method(
+            type(solver).__name__,
+            inn.SteadyState(solver, problem.rtol, 0.0),
+            dense=isinstance(solver, dfx.AbstractImplicitSolver),
+        )
         for solver in ode_solvers
     ]
 
@@ -134,20 +148,21 @@ def gradient_program(problem: Problem, method: Method) -> Callable:
     return jax.grad(loss, has_aux=True)
 
 
-def products_program(problem: Problem, method: Method) -> Callable:
-    """`products(weights, x, z, cotangent)`: those of each example's backward solve."""
+@ft.partial(jax.jit, static_argnames=("kind", "linear_solver"))
+def backward_products(weights, x, z, cotangent, *, kind, linear_solver):
+    """The products of each example's backward solve, at equilibria `z` of a batch."""
 
-    def one(weights, x, z, cotangent):
-        cell = layer_cell(problem.kind, weights)
+    def one(x, z, cotangent):
+        cell = layer_cell(kind, weights)
         _, vjp = jax.vjp(lambda z: cell(z, x) - z, z)
         operator = lx.FunctionLinearOperator(
             lambda u: vjp(u)[0], jax.eval_shape(lambda: z)
         )
         b = cotangent / jnp.linalg.norm(cotangent)
-        solution = lx.linear_solve(operator, b, method.linear_solver, throw=False)
+        solution = lx.linear_solve(operator, b, linear_solver, throw=False)
         return solution.stats["num_steps"]
 
-    return jax.vmap(one, in_axes=(None, 0, 0, 0))
+    return jax.vmap(one)(x, z, cotangent)
 
 
 def bare_loop_program(problem: Problem, evaluations: int, products: int) -> Callable:
@@ -172,11 +187,17 @@ def bare_loop_program(problem: Problem, evaluations: int, products: int) -> Call
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A method that was compiled, run and checked on a problem."""
+    """A method that was compiled, run and checked on a problem, or left out."""
 
     row: Row
-    solve: Compiled
+    solve: Compiled | None
     gradient: Compiled | None
+
+    @property
+    def programs(self) -> list[tuple[str, Compiled]]:
+        """The compiled functions that there are, and what they do."""
+        both = (("solve", self.solve), ("solve + gradient", self.gradient))
+        return [(name, compiled) for name, compiled in both if compiled is not None]
 
     @property
     def passed(self) -> bool:
@@ -197,20 +218,23 @@ def prepare(problem: Problem, reference: Reference | None, method: Method) -> Pr
 
     The compiled functions, and a table row that has everything but the times.
     """
+    row: Row = {"problem": problem.name, "method": method.name}
+    if method.dense and problem.inputs[0].size > LARGEST_DENSE_STATE:
+        return Prepared({**row, "result": f"{NOT_RUN}: dense Jacobian"}, None, None)
     arguments = jax.tree.map(jnp.asarray, (problem.weights, problem.inputs))
     solve, (z, success, stats) = compile_and_run(
         solve_program(problem, method), *arguments
     )
     success = np.asarray(success)
-    residual = float(residuals(problem, z).max())
-    row: Row = {
-        "problem": problem.name,
-        "method": method.name,
-        "result": verdict(problem, residual, None, bool(success.all())),
+    residual = residuals(problem, z)
+    row = {
+        **row,
+        "result": verdict(problem, residual, None, success),
         "evaluations": _largest(stats.get("nfe")),
         "products": _largest(stats.get("num_matvecs")),
-        "residual": residual,
+        "residual": float(residual.max()),
         "converged": f"{success.sum()}/{success.size}",
+        "false claims": int(false_claims(problem, residual, success).sum()),
     }
     if reference is not None:
         row["error"] = reference.error(np.asarray(z))
@@ -221,31 +245,52 @@ def prepare(problem: Problem, reference: Reference | None, method: Method) -> Pr
             gradient_program(problem, method), *arguments, cotangent
         )
         error = reference.gradient_error(jax.tree.map(np.asarray, value))
-        row["result"] = verdict(
-            problem, float(residuals(problem, z).max()), error, True
-        )
+        row["result"] = verdict(problem, residuals(problem, z), error, success)
         row["gradient error"] = error
         if method.adjoint is None:
-            products = jax.jit(products_program(problem, method))(
-                *arguments, z, cotangent
+            products = backward_products(
+                *arguments,
+                z,
+                cotangent,
+                kind=problem.kind,
+                linear_solver=method.linear_solver,
             )
             row["backward products"] = _largest(products)
     return Prepared(row, solve, gradient)
 
 
 def verdict(
-    problem: Problem, residual: float, gradient_error: float | None, success: bool
+    problem: Problem,
+    residual: np.ndarray,
+    gradient_error: float | None,
+    success: np.ndarray | bool,
 ) -> str:
-    """`ok`, or why a row shows no time."""
-    good = residual <= problem.rtol + ROUNDING
-    if success and not good:
-        return f"WRONG: successful at residual {residual:.1e}"
-    if not good:
-        return f"failed: residual {residual:.1e}"
+    """`ok`, or why a row shows no time.
+
+    **Arguments:**
+
+    - `problem`: what was solved.
+    - `residual`: each example's.
+    - `gradient_error`: that of the gradient, if there is one.
+    - `success`: for which examples the solver says so.
+    """
+    claims = false_claims(problem, residual, success)
+    if claims.any():
+        worst = residual[claims].max()
+        return f"WRONG: {claims.sum()} successful at residuals to {worst:.1e}"
+    if not (residual <= problem.rtol + ROUNDING).all():
+        return f"failed: residual {residual.max():.1e}"
     most = LARGEST_GRADIENT_ERROR[problem.kind]
     if gradient_error is not None and not gradient_error <= most:
         return f"failed: gradient error {gradient_error:.1e}"
     return "ok"
+
+
+def false_claims(
+    problem: Problem, residual: np.ndarray, success: np.ndarray | bool
+) -> np.ndarray:
+    """For which examples a solver claims a success that it has not."""
+    return success & ~(residual <= problem.rtol + ROUNDING)
 
 
 def time_rows(prepared: list[Prepared], repeats: int, description: str) -> list[Row]:
@@ -253,18 +298,14 @@ def time_rows(prepared: list[Prepared], repeats: int, description: str) -> list[
     calls = {}
     for i, item in enumerate(prepared):
         if item.passed:
-            calls[i, "solve"] = item.solve.call
-            if item.gradient is not None:
-                calls[i, "solve + gradient"] = item.gradient.call
+            for what, compiled in item.programs:
+                calls[i, what] = compiled.call
     seconds = time_calls(calls, repeats, description)
     rows = []
     for i, item in enumerate(prepared):
         row = dict(item.row)
-        for what, compiled in (
-            ("solve", item.solve),
-            ("solve + gradient", item.gradient),
-        ):
-            if (i, what) in seconds and compiled is not None:
+        for what, compiled in item.programs:
+            if (i, what) in seconds:
                 row[f"{what} (ms)"] = 1e3 * seconds[i, what]
                 row["first result (s)"] = compiled.first_seconds
                 row["temp (MB)"] = compiled.temp_bytes / 1e6

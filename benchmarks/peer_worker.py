@@ -35,14 +35,17 @@ SMALL_RIDGE = 1e-10
 class Program:
     """What one method does: solve, and solve with the gradient.
 
-    The calls return `(z_star, evaluations)` and `(z_star, gradient)`, of arrays. What
-    it needed in memory and in Jacobian products is known for some libraries only.
+    The calls return `(z_star, counts)` and `(z_star, gradient)`, of arrays. The counts
+    are the evaluations, and the Jacobian products of libraries that tell; those of a
+    backward pass, and the temporary memory, are known for some libraries only.
+    `forget` drops what was compiled so far.
     """
 
-    solve: Callable[[], tuple[Any, Any]]
+    solve: Callable[[], tuple[Any, dict[str, Any]]]
     gradient: Callable[[], tuple[Any, dict[str, Any]]]
     temp_bytes: Callable[[], int | None] = lambda: None
-    products: Callable[[], int | None] = lambda: None
+    backward_products: Callable[[Any], int | None] = lambda _: None
+    forget: Callable[[], None] = lambda: None
 
 
 Methods = dict[str, Callable[[], Program]]
@@ -51,11 +54,11 @@ Methods = dict[str, Callable[[], Program]]
 def jax_program(
     problem: Problem,
     solve_one: Callable,
-    products: Callable[[], int | None] = lambda: None,
+    backward_products: Callable[[Any], int | None] = lambda _: None,
 ) -> Program:
     """A method of a JAX library.
 
-    `solve_one(weights, x, norm) -> (z_star, evaluations)` is for one example.
+    `solve_one(weights, x, norm) -> (z_star, counts)` is for one example.
     """
     import jax
     import jax.numpy as jnp
@@ -72,15 +75,13 @@ def jax_program(
         z, _ = solve(weights, x, norms)
         return jnp.sum(z * cotangent), z
 
-    solve = jax.jit(solve)
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     compiled: dict[str, Any] = {}
 
     def call_solve():
         if "solve" not in compiled:
             compiled["solve"] = jax.jit(solve).lower(weights, x, norms).compile()
-        z, evaluations = jax.block_until_ready(compiled["solve"](weights, x, norms))
-        return z, evaluations
+        return jax.block_until_ready(compiled["solve"](weights, x, norms))
 
     def call_gradient():
         arguments = weights, x, norms, cotangent
@@ -93,7 +94,9 @@ def jax_program(
         memory = compiled["gradient"].memory_analysis()
         return None if memory is None else memory.temp_size_in_bytes
 
-    return Program(call_solve, call_gradient, temp_bytes, products)
+    return Program(
+        call_solve, call_gradient, temp_bytes, backward_products, jax.clear_caches
+    )
 
 
 def solution_norms() -> np.ndarray:
@@ -103,11 +106,10 @@ def solution_norms() -> np.ndarray:
 
 def implicitnets(problem: Problem) -> Methods:
     """This library."""
-    import jax
     import jax.numpy as jnp
     import lineax as lx
+    import methods
     import optimistix as optx
-    from methods import Method, products_program
     from problems import layer_cell
 
     import implicitnets as inn
@@ -116,25 +118,29 @@ def implicitnets(problem: Problem) -> Methods:
 
     def method(make_solver: Callable, linear_solver: lx.AbstractLinearSolver):
         def configured(norm):
-            return Method("", make_solver(norm), linear_solver, max_steps=MAX_STEPS)
+            return methods.Method(
+                "", make_solver(norm), linear_solver, max_steps=MAX_STEPS
+            )
 
         def solve_one(weights, x, norm):
             sol = configured(norm).layer(layer_cell(problem.kind, weights)).solve(x)
-            return sol.z_star, sol.stats.get("nfe", sol.stats["num_steps"])
+            return sol.z_star, {
+                "evaluations": sol.stats.get("nfe", sol.stats["num_steps"]),
+                "products": sol.stats.get("num_matvecs", jnp.array(0)),
+            }
 
-        def forward_products(weights, x, norm):
-            sol = configured(norm).layer(layer_cell(problem.kind, weights)).solve(x)
-            return sol.z_star, sol.stats.get("num_matvecs", jnp.array(0))
+        def backward_products(z):
+            found = methods.backward_products(
+                problem.weights,
+                problem.inputs,
+                z,
+                problem.cotangent,
+                kind=problem.kind,
+                linear_solver=linear_solver,
+            )
+            return int(found.max())
 
-        def products():
-            arguments = problem.weights, problem.inputs
-            forward = jax.vmap(forward_products, in_axes=(None, 0, 0))
-            z, num_forward = jax.jit(forward)(*arguments, solution_norms())
-            backward = jax.jit(products_program(problem, configured(1.0)))
-            num_backward = backward(*arguments, z, problem.cotangent)
-            return int(num_forward.max() + num_backward.max())
-
-        return lambda: jax_program(problem, solve_one, products)
+        return lambda: jax_program(problem, solve_one, backward_products)
 
     def picard(norm):
         return optx.FixedPointIteration(0.0, rtol * norm, norm=optx.two_norm)
@@ -180,7 +186,7 @@ def optimistix(problem: Problem) -> Methods:
                 max_steps=MAX_STEPS,
                 throw=False,
             )
-            return solution.value, solution.stats["num_steps"]
+            return solution.value, {"evaluations": solution.stats["num_steps"]}
 
         return lambda: jax_program(problem, solve_one)
 
@@ -213,7 +219,7 @@ def banax(problem: Problem) -> Methods:
                 (lambda z, weights, x: cell(z, (weights, x)), (weights, x)),
                 jnp.zeros_like(x),
             )
-            return solution.value, solution.stats.steps + 1
+            return solution.value, {"evaluations": solution.stats.steps + 1}
 
         return lambda: jax_program(problem, solve_one)
 
@@ -252,7 +258,7 @@ def jaxopt(problem: Problem) -> Methods:
                 **options,
             )
             z, state = solver.run(jnp.zeros_like(x), weights, x)
-            return z, state.iter_num
+            return z, {"evaluations": state.iter_num}
 
         return lambda: jax_program(problem, solve_one)
 
@@ -332,7 +338,7 @@ def torchdeq(problem: Problem) -> Methods:
                 deq.eval()
                 with torch.no_grad():
                     z = forward()[-1]
-                return z.numpy(), count
+                return z.numpy(), {"evaluations": count}
 
             def gradient():
                 deq.train()
@@ -386,7 +392,7 @@ def main() -> None:
     hello = {"methods": list(methods), "versions": versions}
     print(json.dumps(hello), file=answers, flush=True)
 
-    programs = {}
+    programs, warm = {}, set()
     for line in sys.stdin:
         request = json.loads(line)
         name = request["method"]
@@ -395,8 +401,12 @@ def main() -> None:
             programs[name] = methods[name]()
         if request["do"] == "prepare":
             answer = prepare(programs[name], pathlib.Path(request["folder"]))
+            warm |= {(name, "solve"), (name, "gradient")}
         else:
             call = getattr(programs[name], request["do"])
+            if (name, request["do"]) not in warm:
+                call()
+                warm.add((name, request["do"]))
             start = time.perf_counter()
             for _ in range(request["number"]):
                 call()
@@ -409,8 +419,10 @@ def prepare(program: Program, folder: pathlib.Path) -> dict[str, Any]:
     """Run a method for the first time, and write its results for the other side."""
     try:
         start = time.perf_counter()
-        z, evaluations = program.solve()
+        z, counts = program.solve()
         solve_seconds = time.perf_counter() - start
+        # The gradient is not to profit from what the solve has compiled.
+        program.forget()
         start = time.perf_counter()
         z_trained, gradient = program.gradient()
         gradient_seconds = time.perf_counter() - start
@@ -418,9 +430,12 @@ def prepare(program: Program, folder: pathlib.Path) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     gradient = {f"gradient_{name}": np.asarray(g) for name, g in gradient.items()}
     np.savez(folder / "result.npz", z=z, z_trained=z_trained, **gradient)
+    products = program.backward_products(z)
+    if products is not None:
+        products += int(np.max(counts["products"]))
     return {
-        "evaluations": int(np.max(evaluations)),
-        "products": program.products(),
+        "evaluations": int(np.max(counts["evaluations"])),
+        "products": products,
         "solve_seconds": solve_seconds,
         "gradient_seconds": gradient_seconds,
         "temp_bytes": program.temp_bytes(),

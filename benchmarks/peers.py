@@ -2,10 +2,15 @@
 
 Every library runs in a process of its own, with the interpreter that has it: as many as
 are given by `--python NAME=PATH`, the others with this one, and those that cannot be
-imported there are left out. All are timed in turns, and only what has passed its check:
-residual and gradient against a float64 reference.
+imported there are left out. All are timed in turns, what takes seconds once, and only
+what has passed its check: residual and gradient against a float64 reference.
+
+A first result is that of a process that has imported everything and compiled nothing,
+of the solve and of the gradient alike. Temporary memory is what XLA plans for, so that
+only the JAX libraries have it.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +33,8 @@ from measure import (
     interleave,
     print_table,
     progress,
+    promise,
+    promise_figure,
     Row,
     save,
     seconds_a_call,
@@ -58,6 +65,28 @@ PROBLEMS: dict[str, Callable[[Settings], Problem]] = {
     "trained": lambda settings: tutorial(settings.output_dir / "trained_cell.npz"),
     "lin": lambda _: linear(0.95, batch=128),
 }
+OURS = "implicitnets"
+TIME = "solve + gradient (ms)"
+# Of algorithm against algorithm, how many times ours a library's has to take; Anderson
+# acceleration with the library's own ridge, and with one that does not hold it back.
+ALGORITHMS = (
+    ("torchdeq", "Anderson", 3.0),
+    ("torchdeq", "Anderson, small ridge", 3.0),
+    ("jaxopt", "Anderson", 3.0),
+    ("jaxopt", "Anderson, small ridge", 3.0),
+    ("banax", "Anderson", 1.7),
+    ("banax", "Anderson, small ridge", 1.7),
+    ("torchdeq", "Broyden", 3.0),
+    ("banax", "Broyden", 2.0),
+)
+# Of the fastest against the fastest.
+BEST = {
+    "dense-0.9": 1.25,
+    "dense-0.99": 1.25,
+    "dense-1024": 1.25,
+    "trained": 2.0,
+    "lin": 2.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +104,9 @@ class Config(Settings):
 
 
 class Worker:
-    """A process with one library and one problem, begun afresh when it takes too long.
+    """A process with one library and one problem, begun afresh when it has ended.
+
+    One that takes too long is ended.
 
     **Arguments:**
 
@@ -94,48 +125,60 @@ class Worker:
         self.hello = self._start()
 
     def _start(self) -> dict[str, Any]:
-        self.process = subprocess.Popen(
-            [
-                self.python,
-                str(WORKER),
-                self.library,
-                self.folder / "problem.npz",
-                self.folder / "norms.npy",
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    self.python,
+                    str(WORKER),
+                    self.library,
+                    self.folder / "problem.npz",
+                    self.folder / "norms.npy",
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            )
         return self._answer()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer."""
+        """Send a request and wait for its answer, which has `missing` if none comes."""
+        if self.process.poll() is not None:
+            hello = self._start()
+            if "methods" not in hello:
+                return hello
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        # If it has just ended, there is no answer.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], self.limit)[0]:
-            self.process.kill()
-            self.process.wait()
-            self._start()
+            self._end()
             return {"missing": f"not done in {self.limit:.0f} s"}
         line = self.process.stdout.readline()
         if not line:
-            code = self.process.wait()
+            code = self._end()
             last = self.log.read_text().strip().splitlines()[-1:]
             return {"missing": f"its process ended with code {code} {' '.join(last)}"}
         return json.loads(line)
 
+    def _end(self) -> int:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=1)
+        self.process.kill()
+        return self.process.wait()
+
     def close(self) -> None:
-        """End the process."""
+        """End the process, if it has not ended."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self._end()
 
     def prepare(self, ref: Reference, method: str) -> Row:
         """Run a method for the first time, and check what it found."""
@@ -152,8 +195,8 @@ class Worker:
         with np.load(self.folder / "result.npz") as file:
             arrays = dict(file)
         gradient = {name: arrays[f"gradient_{name}"] for name in ref.gradient}
-        residual = max(
-            float(residuals(problem, arrays[name]).max()) for name in ("z", "z_trained")
+        residual = np.maximum(
+            *(residuals(problem, arrays[name]) for name in ("z", "z_trained"))
         )
         error = ref.gradient_error(gradient)
         temp_bytes = answer["temp_bytes"]
@@ -162,10 +205,11 @@ class Worker:
             "result": verdict(problem, residual, error, False),
             "evaluations": answer["evaluations"],
             "products": answer["products"],
-            "residual": residual,
+            "residual": float(residual.max()),
             "gradient error": error,
-            "first result (s)": answer["gradient_seconds"],
-            "temp (MB)": None if temp_bytes is None else temp_bytes / 1e6,
+            "first solve (s)": answer["solve_seconds"],
+            "first solve + gradient (s)": answer["gradient_seconds"],
+            "temp, JAX only (MB)": None if temp_bytes is None else temp_bytes / 1e6,
         }
 
     def timer(self, method: str, what: str) -> Callable[[float], float]:
@@ -212,7 +256,7 @@ def compare(config: Config, problem: Problem, folder: pathlib.Path) -> list[Row]
                 for what in ("solve", "gradient"):
                     timers[len(rows) - 1, what] = worker.timer(method, what)
     for i, row in enumerate(rows):
-        if row["library"] == "implicitnets" and row["result"] == "ok":
+        if row["library"] == OURS and row["result"] == "ok":
             call = bare_loop(problem, row)
             timers[i, "bare"] = lambda estimate, call=call: seconds_a_call(
                 call, estimate
@@ -223,7 +267,7 @@ def compare(config: Config, problem: Problem, folder: pathlib.Path) -> list[Row]
         worker.close()
     columns = {
         "solve": "solve (ms)",
-        "gradient": "solve + gradient (ms)",
+        "gradient": TIME,
         "bare": "bare loop (ms)",
     }
     for (i, what), value in seconds.items():
@@ -232,37 +276,85 @@ def compare(config: Config, problem: Problem, folder: pathlib.Path) -> list[Row]
     return rows
 
 
+def fastest(rows: list[Row], library: str, method: str = "") -> Row | None:
+    """A library's fastest row of those timed, of the methods that begin as given."""
+    timed = [
+        row
+        for row in rows
+        if TIME in row
+        and row["library"] == library
+        and row["method"].startswith(method)
+    ]
+    return min(timed, key=lambda row: row[TIME], default=None)
+
+
 def ratios(rows: list[Row]) -> list[Row]:
     """Our fastest method against each library's fastest, by algorithm and overall."""
     table = []
-    time = "solve + gradient (ms)"
     for problem in dict.fromkeys(row["problem"] for row in rows):
-        timed = [row for row in rows if row["problem"] == problem and time in row]
+        chosen = [row for row in rows if row["problem"] == problem]
         for algorithm in ("Anderson", "Broyden", ""):
-            fastest = {}
-            for row in timed:
-                if row["method"].startswith(algorithm):
-                    best = fastest.setdefault(row["library"], row)
-                    fastest[row["library"]] = min(best, row, key=lambda row: row[time])
-            ours = fastest.pop("implicitnets", None)
+            ours = fastest(chosen, OURS, algorithm)
             if ours is None:
                 continue
             line: Row = {
                 "problem": problem,
                 "algorithm": algorithm or "fastest",
                 "ours": ours["method"],
-                "ours (ms)": ours[time],
-                "over a bare loop": ours[time] / ours["bare loop (ms)"],
+                "ours (ms)": ours[TIME],
+                "over a bare loop": ours[TIME] / ours["bare loop (ms)"],
             }
-            for library, row in fastest.items():
-                line[f"{library}, times ours"] = row[time] / ours[time]
+            for library in dict.fromkeys(row["library"] for row in chosen):
+                row = fastest(chosen, library, algorithm)
+                if library != OURS and row is not None:
+                    line[f"{library}, times ours"] = row[TIME] / ours[TIME]
             table.append(line)
     return table
 
 
+def promises(name: str, rows: list[Row]) -> list[Row]:
+    """What the library promises on a problem: how many times ours the others take.
+
+    **Arguments:**
+
+    - `name`: the problem's name in `PROBLEMS`.
+    - `rows`: its table.
+    """
+    lines = []
+    problem = rows[0]["problem"]
+    libraries = {row["library"] for row in rows}
+
+    def compare(what, ours, others, least):
+        theirs = min((row[TIME] for row in others if TIME in row), default=math.inf)
+        what = f"{problem}: {what}" + (" (failed)" if theirs == math.inf else "")
+        times = 0.0 if ours is None else theirs / ours[TIME]
+        lines.append(promise(what, times, least=least))
+
+    if name in ("dense-0.9", "dense-0.99"):
+        for library, method, least in ALGORITHMS:
+            if library in libraries:
+                key = library, method
+                others = [r for r in rows if (r["library"], r["method"]) == key]
+                ours = fastest(rows, OURS, method.split(",")[0])
+                compare(f"{library}, {method}", ours, others, least)
+    best = fastest(rows, OURS)
+    if name in BEST and len(libraries) > 1:
+        others = [row for row in rows if row["library"] != OURS]
+        compare("the fastest of all", best, others, BEST[name])
+    if name == "resnet":
+        for library in libraries - {OURS}:
+            others = [row for row in rows if row["library"] == library]
+            least = 1.0 if library == "torchdeq" else 8.0
+            compare(f"the fastest of {library}", best, others, least)
+    if best is not None:
+        over = best[TIME] / best["bare loop (ms)"]
+        lines.append(promise(f"{problem}: ours over a bare loop", over, 1.35))
+    return lines
+
+
 def main() -> None:
     config = tyro.cli(Config)
-    rows = []
+    rows, lines = [], []
     for name in config.problems:
         problem = PROBLEMS[name](config)
         with tempfile.TemporaryDirectory() as folder:
@@ -273,8 +365,10 @@ def main() -> None:
             [{k: v for k, v in row.items() if k not in shown} for row in new_rows],
         )
         rows += new_rows
+        lines += promises(name, new_rows)
     summary = ratios(rows)
     print_table("Times of the fastest, solve + gradient, relative to ours", summary)
+    print_table("How many times ours the others take", lines)
     bars = [{**row, "label": f"{row['library']}: {row['method']}"} for row in rows]
     figure = bar_figure(
         bars,
@@ -283,7 +377,8 @@ def main() -> None:
         values=["solve (ms)", "solve + gradient (ms)"],
         unit="ms",
     )
-    save(config, "peers", {"rows": rows, "fastest": summary}, figure)
+    tables = {"rows": rows, "fastest": summary, "promises": lines}
+    save(config, "peers", tables, figure, promise_figure(lines))
 
 
 if __name__ == "__main__":

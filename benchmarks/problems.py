@@ -4,6 +4,7 @@ Only NumPy is imported with the module, so that a peer without JAX can load a pr
 """
 
 import dataclasses
+import functools as ft
 import pathlib
 from typing import Any, Literal
 
@@ -276,10 +277,17 @@ def residuals(problem: Problem, z: np.ndarray) -> np.ndarray:
             lambda leaf: jnp.asarray(leaf, jnp.float64),
             (problem.weights, problem.inputs, z),
         )
-        f = jax.jit(jax.vmap(jax_cell(problem.kind), in_axes=(0, (None, 0))))
-        f = np.asarray(f(z, (weights, x))).reshape(len(z), -1)
+        f = np.asarray(_jitted_cell(problem.kind)(z, (weights, x))).reshape(len(z), -1)
         z = np.asarray(z).reshape(len(z), -1)
     return np.linalg.norm(f - z, axis=1) / np.linalg.norm(f, axis=1)
+
+
+@ft.cache
+def _jitted_cell(kind: Kind) -> Any:
+    """A cell of a batch, compiled once for all that is checked with it."""
+    import jax
+
+    return jax.jit(jax.vmap(jax_cell(kind), in_axes=(0, (None, 0))))
 
 
 def reference(problem: Problem) -> Reference:
@@ -294,10 +302,10 @@ def reference(problem: Problem) -> Reference:
         inn.GivensGMRES(rtol=1e-10, atol=0.0, restart=40, max_steps=5000)
     )
 
-    def loss(weights, x, cotangent):
+    def loss(weights, probe, x, cotangent):
         cell = layer_cell(problem.kind, weights)
         deq = inn.DeepEquilibriumNetwork(cell, solver, adjoint=adjoint, max_steps=5000)
-        z = jax.vmap(deq)(x)
+        z = jax.vmap(lambda x, probe: deq(x, probe=probe))(x, probe)
         return jnp.sum(z * cotangent), z
 
     with jax.enable_x64(True):
@@ -305,10 +313,16 @@ def reference(problem: Problem) -> Reference:
             lambda leaf: jnp.asarray(leaf, jnp.float64),
             (problem.weights, problem.inputs, problem.cotangent),
         )
-        gradient, z = jax.jit(jax.grad(loss, has_aux=True))(*arguments)
+        weights, *others = arguments
+        probe = inn.AdjointReport.probe((len(problem.inputs),))
+        differentiate = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        (gradient, report), z = differentiate(weights, probe, *others)
+        backward = np.where(report.successful, report.residual, np.inf)
         gradient = {name: np.asarray(value) for name, value in gradient.items()}
         z = np.asarray(z)
-    worst = residuals(problem, z).max()
-    if not worst < 1e-9:
-        raise RuntimeError(f"No reference for {problem.name}: residual {worst:.1e}.")
+    for what, worst in (("", residuals(problem, z)), (" of the adjoint", backward)):
+        if not worst.max() < 1e-9:
+            raise RuntimeError(
+                f"No reference for {problem.name}: residual{what} {worst.max():.1e}."
+            )
     return Reference(problem, z, gradient)

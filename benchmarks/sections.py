@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measure import Row
+from measure import promise_figure, Row, without_value
 
 
 Tables = Mapping[str, list[Row]]
@@ -22,6 +22,8 @@ BACKWARD = "backward (ms)"
 COMPILE = "first result (s)"
 # A gradient with a larger error than this is not shown with a time.
 LARGEST_ERROR = 1e-2
+# How a column with the ratio of a library's time to ours ends.
+TIMES_OURS = ", times ours"
 MARKERS = "osD^vP*X<>pdh"
 
 
@@ -71,14 +73,16 @@ def pivot(
 ) -> list[Row]:
     """A line for every value of `index`, with `value` for every value of `column`.
 
-    Where there is none, because something failed, stands the word.
+    Where there is none stands a word that says why.
     """
     lines: dict[Any, Row] = {
         key: {", ".join(index): key} for key in distinct(rows, *index)
     }
     for row in rows:
         shown = row.get(value)
-        lines[joined(row, *index)][row[column]] = "failed" if shown is None else shown
+        lines[joined(row, *index)][row[column]] = (
+            without_value(row) if shown is None else shown
+        )
     return list(lines.values())
 
 
@@ -158,6 +162,24 @@ def lines(axis: Axes, x: str, curves: Mapping[str, list[tuple[float, float]]]) -
         axis.loglog(*np.reshape(points, (-1, 2)).T, marker=marker, label=name)
     axis.set(xlabel=x)
     axis.grid(alpha=0.3)
+
+
+def promised(name: str, caption: str) -> Exhibit:
+    """What a script promises, and whether it was kept."""
+    return Exhibit(
+        name,
+        caption,
+        lambda tables: tables["promises"],
+        lambda tables: promise_figure(tables["promises"]),
+        promise_sentences,
+    )
+
+
+def promise_sentences(tables: Tables) -> str:
+    promises = tables["promises"]
+    broken = [row["promise"] for row in promises if row["kept"] != "yes"]
+    told = f"{len(promises) - len(broken)} of {len(promises)} were kept."
+    return told + (f" Not kept: {'; '.join(broken)}." if broken else "")
 
 
 # Discrete, continuous, finite time.
@@ -253,24 +275,37 @@ def solver_sentences(tables: Tables) -> str:
     for name in distinct(rows, "problem"):
         row = fastest([r for r in rows if r["problem"] == name], SOLVE)
         best.append(f"{row['method']} on {name}")
-    wrong = sum(row["result"].startswith("WRONG") for row in rows)
+    run = [row for row in rows if "false claims" in row]
+    wrong = [row for row in run if row["false claims"] > 0]
+    named = "; ".join(f"{row['method']} on {row['problem']}" for row in wrong)
     return (
-        f"Of {len(rows)} solves, {wrong} claimed a success that they had not. "
-        f"The fastest: {'; '.join(best)}."
+        f"Of {len(run)} rows, {len(wrong)} claimed for some example a success that it "
+        f"had not{f' ({named})' if wrong else ''}. The fastest: {'; '.join(best)}."
     )
 
 
 def evaluation_sentences(tables: Tables) -> str:
-    promises = tables["promises"]
-    kept = sum(row["kept"] == "yes" for row in promises)
+    fewest = []
+    for name in distinct(counted(tables), "problem"):
+        solved = [
+            row
+            for row in counted(tables)
+            if row["problem"] == name and row["result"] == "ok"
+        ]
+        row = fastest(solved, "cost")
+        fewest.append(f"{row['method']} on {name} ({row['cost']})")
     return (
-        "Implicit ODE solvers do not tell their evaluations. Of the "
-        f"{len(promises)} promises that the script checks, {kept} were kept."
+        "Solvers that do not tell their evaluations are left out. The fewest: "
+        f"{'; '.join(fewest)}."
     )
 
 
 def counted(tables: Tables) -> list[Row]:
-    return [row for row in tables["rows"] if row.get("evaluations") is not None]
+    return [
+        {**row, "cost": row["evaluations"] + (row.get("products") or 0)}
+        for row in tables["rows"]
+        if row.get("evaluations") is not None
+    ]
 
 
 def continuous_sentences(tables: Tables) -> str:
@@ -305,8 +340,38 @@ def gradient_sentences(tables: Tables) -> str:
     return (
         f"On every problem within an error of {LARGEST_ERROR:.0%}: {'; '.join(exact)}. "
         "The others trade error for time, and their error grows with the spectral "
-        "radius."
+        "radius. An asterisk: the solve itself was stopped before it had converged."
     )
+
+
+def gradient_table(tables: Tables) -> list[Row]:
+    column = "gradient error"
+    marked = [
+        row if row["forward"] == "ok" else {**row, column: f"{row[column]:.2g} *"}
+        for row in tables["rows"]
+    ]
+    return pivot(marked, ("adjoint",), "problem", column)
+
+
+def equal_cost(tables: Tables) -> list[Row]:
+    """A row for every entry of the table of errors at equal cost."""
+    return [
+        {"problem": row["problem"], "adjoint": name, "error": error}
+        for row in tables["shine"]
+        for name, error in row.items()
+        if name != "problem"
+    ]
+
+
+def equal_cost_sentences(tables: Tables) -> str:
+    rows = tables["shine"]
+    told = []
+    for name in rows[0]:
+        adjoint, _, cost = name.partition(", ")
+        if adjoint not in ("problem", "SHINE"):
+            ratios = [row[f"SHINE, {cost}"] / row[name] for row in rows]
+            told.append(f"{times(ratios)} that of {adjoint} ({cost})")
+    return f"SHINE's error is {'; '.join(told)}."
 
 
 def backward_sentences(tables: Tables) -> str:
@@ -385,16 +450,38 @@ def linear_solver_sentences(tables: Tables) -> str:
 
 
 def peer_sentences(tables: Tables) -> str:
-    overall = [row for row in tables["fastest"] if row["algorithm"] == "fastest"]
-    ratios: dict[str, list[float]] = {}
-    for row in overall:
-        for column, ratio in row.items():
-            library, _, kind = column.partition(", ")
-            if kind == "times ours":
-                ratios.setdefault(library, []).append(ratio)
-    if not ratios:
+    rows = tables["rows"]
+    missing = [row for row in rows if row.get(GRADIENT) is None]
+    named = [f"{joined(r, 'library', 'method')} on {r['problem']}" for r in missing]
+    return (
+        f"{len(rows) - len(missing)} of {len(rows)} rows passed the check of residual "
+        "and gradient and are timed" + (f"; not {'; '.join(named)}." if named else ".")
+    )
+
+
+def ratio_rows(tables: Tables) -> list[Row]:
+    """A row for every ratio between a library's fastest method and ours."""
+    return [
+        {
+            "problem": row["problem"],
+            "algorithm": row["algorithm"],
+            "library": column.removesuffix(TIMES_OURS),
+            "ratio": ratio,
+        }
+        for row in tables["fastest"]
+        for column, ratio in row.items()
+        if column.endswith(TIMES_OURS)
+    ]
+
+
+def ratio_sentences(tables: Tables) -> str:
+    rows = [row for row in ratio_rows(tables) if row["algorithm"] == "fastest"]
+    if not rows:
         return "No other library could be imported."
-    told = [f"{library}: {times(found)}" for library, found in ratios.items()]
+    told = []
+    for library in distinct(rows, "library"):
+        found = [row["ratio"] for row in rows if row["library"] == library]
+        told.append(f"{library}: {times(found)}")
     return (
         "The time of each library's fastest method that passed its check, relative to "
         f"ours, over the problems: {'; '.join(told)}."
@@ -509,13 +596,14 @@ SECTIONS = (
             ),
             on_problems(
                 "evaluations",
-                "Cell evaluations of the slowest example",
+                "Cell evaluations and Jacobian products, the most of an example",
                 ("method",),
-                "evaluations",
-                "evaluations",
+                "cost",
+                "evaluations and products",
                 evaluation_sentences,
                 rows=counted,
             ),
+            promised("solver_promises", "What the solvers promise"),
         ),
         minutes=10,
         options=(
@@ -548,13 +636,27 @@ SECTIONS = (
         "How good is every adjoint's gradient, and what does it cost in time and "
         "memory?",
         (
-            on_problems(
+            Exhibit(
                 "gradient_error",
                 "Relative error of the gradient",
-                ("adjoint",),
-                "gradient error",
-                "relative error",
+                gradient_table,
+                lambda t: dots(
+                    t["rows"],
+                    ("adjoint",),
+                    "problem",
+                    "gradient error",
+                    "relative error",
+                ),
                 gradient_sentences,
+            ),
+            Exhibit(
+                "equal_cost",
+                "Relative error of the gradient at equal numbers of products",
+                lambda t: t["shine"],
+                lambda t: dots(
+                    equal_cost(t), ("problem",), "adjoint", "error", "relative error"
+                ),
+                equal_cost_sentences,
             ),
             on_problems(
                 "backward",
@@ -571,6 +673,7 @@ SECTIONS = (
                 memory_figure,
                 memory_sentences,
             ),
+            promised("gradient_promises", "What the adjoints promise"),
         ),
         minutes=10,
         options=("--repeats", "3"),
@@ -608,6 +711,20 @@ SECTIONS = (
                 "ms",
                 peer_sentences,
             ),
+            Exhibit(
+                "peer_ratios",
+                "How many times ours the fastest of each library takes",
+                lambda t: t["fastest"],
+                lambda t: dots(
+                    ratio_rows(t),
+                    ("problem", "algorithm"),
+                    "library",
+                    "ratio",
+                    "times ours",
+                ),
+                ratio_sentences,
+            ),
+            promised("peer_promises", "What the library promises next to others"),
         ),
         minutes=15,
         options=("--repeats", "3"),
