@@ -39,7 +39,7 @@ def while_loop(
     body_fun: Callable[[_Carry], _Carry],
     init_val: _Carry,
     *,
-    max_steps: int | None = None,
+    max_steps: int | Int[Array, ""] | None = None,
 ) -> _Carry:
     """As `jax.lax.while_loop`, at full speed under `vmap`.
 
@@ -49,7 +49,7 @@ def while_loop(
     **Arguments:**
 
     - `cond_fun`, `body_fun`, `init_val`: as `jax.lax.while_loop`.
-    - `max_steps`: the largest number of steps; `None` for no bound.
+    - `max_steps`: the largest number of steps, traced or not; `None` for no bound.
 
     **Returns:**
 
@@ -69,6 +69,10 @@ def while_loop(
         def freeze(new, old):
             if _is_unfrozen(new):
                 return new
+            # `optimistix.FixedPointIteration` does not keep its float32 state in
+            # float32 if float64 is on, nor a narrower one
+            # (`optimistix/_solver/fixed_point.py`, version 0.1.0).
+            new = jnp.asarray(new, old.dtype)
             return lax.select(jnp.broadcast_to(active, new.shape), new, old)
 
         new_value = jtu.tree_map(freeze, body_fun(value), value, is_leaf=_is_unfrozen)
