@@ -150,13 +150,10 @@ def weighted_sum(tree: PyTree[Array], weights: PyTree[Array]) -> Array:
     return tree_dot(tree, weights)
 
 
-def dense_gradient(cell, z_star, x, weights):
-    """The gradient of `weighted_sum(z_star)` with respect to cell and input.
-
-    By the implicit function theorem with a dense solve, NumPy in float64; the cell's
-    two Jacobians come from JAX at the given equilibrium.
-    """
-    flat_z, unravel_z = ravel_pytree(z_star)
+@eqx.filter_jit
+def _jacobians(cell, x, z):
+    """Of a cell for its state, and for itself and its input together, as matrices."""
+    flat_z, unravel_z = ravel_pytree(z)
     params, static = eqx.partition((cell, x), eqx.is_inexact_array)
     flat_p, unravel_p = ravel_pytree(params)
 
@@ -164,8 +161,19 @@ def dense_gradient(cell, z_star, x, weights):
         cell, x = eqx.combine(unravel_p(flat_p), static)
         return ravel_pytree(cell(unravel_z(flat_z), x))[0]
 
-    jac_z, jac_p = jax.jit(jax.jacrev(flat_cell, argnums=(0, 1)))(flat_z, flat_p)
+    return jax.jacrev(flat_cell, argnums=(0, 1))(flat_z, flat_p)
+
+
+def dense_gradient(cell, z_star, x, weights):
+    """The gradient of `weighted_sum(z_star)` with respect to cell and input.
+
+    By the implicit function theorem with a dense solve, NumPy in float64; the cell's
+    two Jacobians come from JAX at the given equilibrium.
+    """
+    jac_z, jac_p = _jacobians(cell, x, z_star)
     jac_z, jac_p = np.asarray(jac_z, float), np.asarray(jac_p, float)
+    params = eqx.filter((cell, x), eqx.is_inexact_array)
+    flat_p, unravel_p = ravel_pytree(params)
     v = np.asarray(ravel_pytree(weights)[0], float)
     u = np.linalg.solve((np.eye(v.size) - jac_z).T, v)
     return unravel_p(jnp.asarray(jac_p.T @ u, flat_p.dtype))

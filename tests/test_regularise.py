@@ -19,10 +19,15 @@ def test_estimates_the_frobenius_norm(name):
     flat, unravel = ravel_pytree(z)
     jacobian = jax.jacobian(lambda v: ravel_pytree(cell(unravel(v), x))[0])(flat)
     exact = jnp.sum(jacobian**2) / flat.size
-    estimate = jacobian_penalty(cell, z, x, key=jr.key(0), num_samples=20000)
-    assert np.allclose(estimate, exact, rtol=0.03)
-    one = jax.vmap(lambda key: jacobian_penalty(cell, z, x, key=key))
-    assert np.allclose(jnp.mean(one(jr.split(jr.key(1), 20000))), exact, rtol=0.03)
+
+    @jax.jit
+    @jax.vmap
+    def estimate(key):
+        return jacobian_penalty(cell, z, x, key=key, num_samples=4)
+
+    estimates = estimate(jr.split(jr.key(0), 5000))
+    assert np.allclose(jnp.mean(estimates), exact, rtol=0.03)
+    assert np.std(estimates) > 0
 
 
 def test_gradient_with_and_without_the_equilibrium():
@@ -40,7 +45,7 @@ def test_gradient_with_and_without_the_equilibrium():
         z = layer(x) if where is None else where
         return jacobian_penalty(layer.cell, z, x, key=key, detach=detach)
 
-    gradient = jax.grad(penalty)
+    gradient = eqx.filter_jit(jax.grad(penalty))
     z_star = deq(x)
     constant = gradient(cell.hidden, True)
     assert relative_error(constant, gradient(cell.hidden, True, z_star)) < 1e-4
