@@ -225,12 +225,15 @@ def prepare(problem: Problem, reference: Reference | None, method: Method) -> Pr
     solve, (z, success, stats) = compile_and_run(
         solve_program(problem, method), *arguments
     )
+    # Optimistix' iteration makes one a step, which it does not tell.
+    is_picard = isinstance(method.solver, optx.FixedPointIteration)
+    evaluations = stats["num_steps"] if is_picard else None
     success = np.asarray(success)
     residual = residuals(problem, z)
     row = {
         **row,
         "result": verdict(problem, residual, None, success),
-        "evaluations": _largest(stats.get("nfe")),
+        "evaluations": _largest(stats.get("nfe", evaluations)),
         "products": _largest(stats.get("num_matvecs")),
         "residual": float(residual.max()),
         "converged": f"{success.sum()}/{success.size}",

@@ -158,27 +158,26 @@ class Worker:
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], self.limit)[0]:
-            self._end()
+            self.close()
             return {"missing": f"not done in {self.limit:.0f} s"}
         line = self.process.stdout.readline()
         if not line:
-            code = self._end()
+            code = self.close()
             last = self.log.read_text().strip().splitlines()[-1:]
             return {"missing": f"its process ended with code {code} {' '.join(last)}"}
         return json.loads(line)
 
-    def _end(self) -> int:
+    def close(self) -> int:
+        """End the process, if it has not ended, and tell its exit code."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        # Without an input it ends by itself, unless it is busy.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=1)
+            return self.process.wait(timeout=1)
         self.process.kill()
         return self.process.wait()
-
-    def close(self) -> None:
-        """End the process, if it has not ended."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self._end()
 
     def prepare(self, ref: Reference, method: str) -> Row:
         """Run a method for the first time, and check what it found."""

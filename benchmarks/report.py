@@ -75,13 +75,14 @@ class Config:
                 )
 
 
-def run(section: Section, config: Config) -> Record:
+def run(section: Section, config: Config, spare_minutes: float = 0.0) -> Record:
     """Run a section's script.
 
     **Arguments:**
 
     - `section`: which.
     - `config`: the report's options.
+    - `spare_minutes`: what it may take longer than the section says.
 
     **Returns:**
 
@@ -95,6 +96,7 @@ def run(section: Section, config: Config) -> Record:
     options = [*(section.quick if config.quick else section.options)]
     arguments = [str(HERE / f"{section.script}.py"), *options, *passed]
     log = folder / f"{section.script}.log"
+    minutes = section.minutes + spare_minutes
     start = time.perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -104,10 +106,10 @@ def run(section: Section, config: Config) -> Record:
             start_new_session=True,
         )
         try:
-            code = process.wait(60 * section.minutes)
+            code = process.wait(60 * minutes)
             status = "ok" if code == 0 else f"failed: {last_line(log)}"
         except subprocess.TimeoutExpired:
-            status = f"timed out after {section.minutes:g} minutes"
+            status = f"timed out after {minutes:.3g} minutes"
         finally:
             # With the processes that it has started.
             with contextlib.suppress(ProcessLookupError):
@@ -231,10 +233,14 @@ def main() -> None:
     records = json.loads(path.read_text()) if path.exists() else {}
     chosen = [section for section in SECTIONS if section.script in config.sections]
     start = time.perf_counter()
+    # What sections leave of their time is for those that come after them, so that the
+    # whole takes no longer than all may together.
+    minutes = 0.0
     for number, section in enumerate(chosen, start=1):
         what = f"[{number}/{len(chosen)}] {section.title} ({section.script}.py)"
         print(f"{what} ...", end=" ", flush=True)
-        record = run(section, config)
+        record = run(section, config, minutes - (time.perf_counter() - start) / 60)
+        minutes += section.minutes
         records[section.script] = record
         path.write_text(json.dumps(records, indent=1))
         print(f"{record['status']}, {record['seconds']:.0f} s", flush=True)

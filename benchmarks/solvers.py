@@ -124,20 +124,6 @@ class CountingSolver(lx.AbstractLinearSolver):
         return self.solver.assume_full_rank()
 
 
-def honesty_promises(rows: list[Row]) -> list[Row]:
-    """That no example is said to be solved that is not."""
-    lines = []
-    for theirs, whose in ((False, "of this library"), (True, "of Optimistix")):
-        claims = [
-            row["false claims"]
-            for row in rows
-            if ("(Optimistix)" in row["method"]) == theirs and "false claims" in row
-        ]
-        what = f"examples that solvers {whose} claim to have solved, and have not"
-        lines.append(promise(what, sum(claims), 0))
-    return lines
-
-
 def newton_promises(config: Config) -> list[Row]:
     """`NewtonKrylov` against Optimistix' Newton with Lineax' GMRES."""
     rows = []
@@ -270,9 +256,9 @@ def trace(problem: Problem, solver: Any) -> tuple[np.ndarray, np.ndarray]:
         found = inn.residual_trace(
             cell, solver, jnp.zeros_like(x), (problem.weights, x), max_steps=150
         )
-        cost = jnp.arange(151) if found.nfe is None else found.nfe
-        products = getattr(found, "num_matvecs", None)
-        return cost if products is None else cost + products, found.relative
+        assert found.nfe is not None
+        products = 0 if found.num_matvecs is None else found.num_matvecs
+        return found.nfe + products, found.relative
 
     cost, relative = jax.jit(jax.vmap(one))(problem.inputs[:16])
     return np.asarray(cost).mean(axis=0), np.asarray(relative).mean(axis=0)
@@ -285,8 +271,14 @@ def main() -> None:
         new_rows = compare(config, name)
         print_table(new_rows[0]["problem"], new_rows)
         rows += new_rows
+    # Optimistix' solvers have rules of their own; what they claim is in the table.
+    claims = sum(
+        row.get("false claims", 0)
+        for row in rows
+        if not row["method"].endswith("(Optimistix)")
+    )
     promises = [
-        *honesty_promises(rows),
+        promise("examples said to be solved that are not", claims, 0),
         *newton_promises(config),
         *evaluation_promises(),
     ]

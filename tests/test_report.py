@@ -1,4 +1,4 @@
-"""The benchmark report: how it is written, and what becomes of a section that fails."""
+"""The benchmark report: how it is written, and what becomes of what fails in it."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import sys
 import measure
 import methods
 import numpy as np
+import peers
 import problems
 import pytest
 import report
@@ -220,3 +221,41 @@ def test_one_false_claim_of_success_is_found():
     says = methods.verdict(problem, residual, None, np.array([True, False, True]))
     assert says.startswith("WRONG: 1 successful")
     assert methods.verdict(problem, residual, None, False).startswith("failed")
+
+
+WORKER = """
+import json, os, sys, time
+print(json.dumps({"methods": ["works"]}), flush=True)
+for line in sys.stdin:
+    method = json.loads(line)["method"]
+    if method == "dies":
+        os._exit(3)
+    if method == "hangs":
+        time.sleep(600)
+    print(json.dumps({"seconds": 1.0}), flush=True)
+"""
+
+
+def test_worker_that_ended_is_begun_afresh(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(peers, "WORKER", script)
+    worker = peers.Worker("made", sys.executable, tmp_path, limit=60)
+    assert worker.hello == {"methods": ["works"]}
+    assert "ended with code 3" in worker.ask(method="dies")["missing"]
+    assert worker.ask(method="works") == {"seconds": 1.0}
+    worker.limit = 0.1
+    assert worker.ask(method="hangs") == {"missing": "not done in 0 s"}
+    worker.limit = 60
+    assert worker.ask(method="works") == {"seconds": 1.0}
+    worker.ask(method="dies")
+    worker.close()
+
+
+def test_worker_that_cannot_start(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(peers, "WORKER", script)
+    worker = peers.Worker("made", sys.executable, tmp_path, limit=0.1)
+    assert worker.hello == worker.ask(method="works") == {"missing": "not done in 0 s"}
+    worker.close()
