@@ -6,6 +6,7 @@ the table in the docstring of `ImplicitAdjoint` is this one.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import lineax as lx
 import optimistix as optx
@@ -21,25 +22,26 @@ import implicitnets as inn
 RTOL = 1e-4
 
 
+# From easy to hard: random and symmetric matrices, and a network's cell.
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "dense-0.5": lambda: dense_tanh(0.5),
+    "dense-0.9": lambda: dense_tanh(0.9),
+    "dense-0.99": lambda: dense_tanh(0.99),
+    "lin-0.95": lambda: linear(0.95, size=256, batch=32),
+    "lin-0.99": lambda: linear(0.99, size=256, batch=32),
+    "resnet": resnet,
+    "lin-1.2": lambda: linear(1.2, batch=32),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
     """Compare linear solvers for the backward pass."""
 
     batch: int = 32
     """How many examples to solve."""
-
-
-def problems() -> list[Problem]:
-    """From easy to hard: random and symmetric matrices, and a network's cell."""
-    return [
-        dense_tanh(0.5),
-        dense_tanh(0.9),
-        dense_tanh(0.99),
-        linear(0.95, size=256, batch=32),
-        linear(0.99, size=256, batch=32),
-        resnet(),
-        linear(1.2, batch=32),
-    ]
+    problems: tuple[str, ...] = tuple(PROBLEMS)
+    """Which problems to solve."""
 
 
 def linear_solvers() -> dict[str, lx.AbstractLinearSolver]:
@@ -83,7 +85,8 @@ def compare(config: Config, problem: Problem) -> list[Row]:
 def main() -> None:
     config = tyro.cli(Config)
     rows = []
-    for problem in problems():
+    for name in config.problems:
+        problem = PROBLEMS[name]()
         new_rows = compare(config, problem)
         print_table(problem.name, new_rows)
         rows += new_rows

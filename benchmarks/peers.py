@@ -99,7 +99,7 @@ class Config(Settings):
     """Which libraries to time."""
     problems: tuple[str, ...] = tuple(PROBLEMS)
     """Which problems to solve."""
-    limit: float = 120.0
+    limit: float = 60.0
     """Seconds that a method may take for its first result, or for a timed call."""
 
 
