@@ -309,6 +309,7 @@ def promise_figure(rows: list[Row]) -> Figure:
         shares, panel="panel", label="promise", values=["share"], unit="share"
     )
     figure.axes[0].axvline(1, color="grey")
+    figure.legends[0].remove()
     figure.set_size_inches(10, figure.get_size_inches()[1])
     return figure
 

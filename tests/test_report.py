@@ -172,6 +172,10 @@ def test_names_of_scripts_and_figures():
         assert (report.HERE / f"{section.script}.py").exists()
 
 
+def test_whole_report_takes_forty_minutes():
+    assert sum(section.minutes for section in sections.SECTIONS) <= 40
+
+
 def test_ranges():
     assert sections.times([2.0, 2.001]) == "2 times"
     assert sections.times([3.0, 0.5]) == "0.5 to 3 times"
