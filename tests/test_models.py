@@ -1,6 +1,9 @@
+import dataclasses
 import functools as ft
 
+import classifier
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -56,12 +59,41 @@ def structs(make, config):
         (MDEQ, MDEQConfig.cifar_large(), 11_097_438),
         (MDEQ, MDEQConfig.imagenet_small(), 16_808_936),
         (MDEQ, MDEQConfig.imagenet_large(), 67_063_624),
+        # Without the weights of the cell's last normalisations.
+        (MDEQ, MDEQConfig.imagenet_large_regularised(), 67_063_624 - 2 * 1200),
         (MDEQ, MDEQConfig.imagenet_xl(), 90_463_280),
+        # The networks that `benchmarks/multiscale.py` compares.
+        (MDEQ, MDEQConfig(in_channels=1), 158_458),
+        (MDEQ, MDEQConfig((36,), (20,), 215, groups=4, in_channels=1), 158_457),
     ),
 )
 def test_number_of_parameters(make, config, count):
     model, _ = structs(make, config)
     assert num_parameters(model) == count
+
+
+def test_number_of_parameters_of_the_benchmarks_classifier():
+    weights = eqx.filter_eval_shape(classifier.Weights, 28 * 28, key=jr.key(0))
+    assert num_parameters(weights) == 151_050
+    # A plain DEQ has no learned start.
+    assert num_parameters((weights.stem, weights.cell, weights.head)) == 134_538
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("channels", ()),
+        ("head_channels", (1,)),
+        ("groups", 1),
+        ("groups", 3),
+        ("expansion", 0),
+        ("kernel_size", 2),
+        ("num_downsamples", -1),
+    ],
+)
+def test_sizes_of_the_multiscale_network_are_checked(name, value):
+    with pytest.raises(ValueError, match=rf"MDEQConfig\({name}=...\)` must be .*; got"):
+        dataclasses.replace(TINY_MDEQ, **{name: value})
 
 
 def test_number_of_parameters_of_cells():
@@ -85,11 +117,6 @@ def test_number_of_parameters_of_cells():
         (ResNetDEQ, ResNetConfig(), [(48, 32, 32)]),
         (
             MDEQ,
-            MDEQConfig.cifar_large(),
-            [(32 << i, 32 >> i, 32 >> i) for i in range(4)],
-        ),
-        (
-            MDEQ,
             MDEQConfig.imagenet_xl(),
             [(88 << i, 56 >> i, 56 >> i) for i in range(4)],
         ),
@@ -108,6 +135,38 @@ def test_shapes_at_published_sizes(make, config, scales):
         (2, *shape) for shape in scales
     ]
     assert eqx.tree_equal(state, new_state)
+
+
+def test_forward_pass_at_a_published_size():
+    """The equilibrium is one step, as there is nothing to see in more of them."""
+    model, state = structs(MDEQ, MDEQConfig.cifar_large())
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        # Drawing the weights takes longer to compile than all the rest.
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        values = rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(np.float32(0.01) * values, leaf.dtype)
+
+    model, state = jtu.tree_map(fill, (inn.set_fixed_depth(model, 1), state))
+    images = jnp.asarray(rng.standard_normal((1, 3, 32, 32)), float)
+    arrays, static = eqx.partition((model, state), eqx.is_array)
+
+    def forward(arrays, images, keys):
+        model, state = eqx.combine(arrays, static)
+        (logits, sol), _ = over_batch(model, images, state, keys)
+        return logits, sol.z_star
+
+    # It runs once, so that compiling is what counts.
+    options = {"xla_backend_optimization_level": 0}
+    logits, z_star = jax.jit(forward, compiler_options=options)(
+        arrays, images, jr.split(jr.key(0), 1)
+    )
+    assert logits.shape == (1, 10)
+    for i, leaf in enumerate(z_star):
+        assert leaf.shape == (1, 32 << i, 32 >> i, 32 >> i)
+        assert np.all(np.isfinite(leaf)) and np.any(leaf != 0)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from .helpers import (
     make_vector,
     multiscale_layers,
     relative_error,
-    SumCell,
     tolerance,
     two_norm,
     weighted_sum,
@@ -163,18 +162,38 @@ def test_gradient():
     assert relative_error(gradient, reference) < tolerance(1e-4, 1e-8)
 
 
+class ReducedCell(eqx.Module):
+    """The cell of SciML's tutorial on a state smaller than the input, at its size."""
+
+    state: eqx.nn.Linear
+    inject: eqx.nn.Linear
+    mix: eqx.nn.Linear
+    expand: eqx.nn.Linear
+
+    def __init__(self, key):
+        sizes = ((128, 64), (512, 64), (64, 64), (64, 128))
+        self.state, self.inject, self.mix, self.expand = (
+            eqx.nn.Linear(*size, use_bias=False, key=key)
+            for size, key in zip(sizes, jr.split(key, 4), strict=True)
+        )
+
+    def __call__(self, z, x):
+        y = jnp.tanh(self.state(z)) + jnp.tanh(self.inject(x))
+        return self.expand(jnp.tanh(self.mix(y)))
+
+
 def test_state_smaller_than_the_input():
-    """SciML's tutorial of that name, at a small size; a Skip-regularised start too."""
-    keys = jr.split(jr.key(0), 3)
-    hidden, inject = eqx.nn.Linear(3, 3, key=keys[0]), eqx.nn.Linear(8, 3, key=keys[1])
-    cell = SumCell(jtu.tree_map(lambda w: 0.5 * w, hidden), inject)
-    x = make_vector(8)
+    """As in SciML's tutorial; a Skip-regularised start too."""
+    stem_key, cell_key, init_key = jr.split(jr.key(0), 3)
+    stem = eqx.nn.Linear(784, 512, key=stem_key)
+    cell = ReducedCell(cell_key)
+    x = jax.nn.gelu(stem(make_vector(784)))
     solver = inn.AndersonAcceleration(TOL, TOL)
-    one_scale = dict(solver=solver, state_shapes=[(3,)])
+    one_scale = dict(solver=solver, state_shapes=[(128,)])
     layers = [
-        inn.DeepEquilibriumNetwork(cell, solver, init=lambda x: jnp.zeros(3)),
+        inn.DeepEquilibriumNetwork(cell, solver, init=lambda x: jnp.zeros(128)),
         inn.SkipDeepEquilibriumNetwork(
-            cell, solver, init=eqx.nn.Linear(8, 3, key=keys[2])
+            cell, solver, init=eqx.nn.Linear(512, 128, key=init_key)
         ),
         MultiScaleDeepEquilibriumNetwork([cell], [[eqx.nn.Identity()]], **one_scale),
         SkipMultiScaleDeepEquilibriumNetwork(
@@ -187,7 +206,7 @@ def test_state_smaller_than_the_input():
         assert sol.result == optx.RESULTS.successful
         assert np.allclose(value, values[0], atol=tolerance(1e-5, 1e-9))
     starts = [jtu.tree_leaves(sol.z0)[0] for sol in sols]
-    assert np.allclose(starts[3], cell(jnp.zeros(3), x))
+    assert np.allclose(starts[3], cell(jnp.zeros(128), x), atol=1e-6)
     assert not np.any(starts[0]) and not np.any(starts[2])
 
 
