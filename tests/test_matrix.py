@@ -93,9 +93,7 @@ def run(solver_name, cell_name, fixed_depth=0):
     kinds = jnp.array([KINDS.index(kind) for kind, _ in CASES])
     weights = jnp.array([PENALTIES.index(penalty) for _, penalty in CASES], xs.dtype)
     run_cases = jax.vmap(jax.vmap(run_case, in_axes=(0, None, None)))
-    # It runs once, so that compiling is what counts.
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(run_cases, compiler_options=options)(xs, kinds, weights)
+    return jax.jit(run_cases)(xs, kinds, weights)
 
 
 def check(out, kind, penalty):

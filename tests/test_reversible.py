@@ -100,7 +100,7 @@ def test_fallback_of_each_example():
     """Reconstruction is hardest for the map whose Jacobian is largest."""
     scales = jnp.array([0.0, 1.0])
     bound = 1e-3
-    num_steps = 36 if is_double() else 12
+    num_steps = 36 if is_double() else 13
 
     def of_scale(scale, probe):
         weight, x, z0 = PARAMS

@@ -15,11 +15,17 @@ from ._adjoint.detach import detach
 from ._adjoint.implicit import ImplicitAdjoint
 from ._adjoint.report import AdjointReport, with_probe
 from ._cell import call_cell, cell_residual, check_state
-from ._misc import check_hyperparameter, keyword, tree_all_finite
+from ._misc import (
+    check_hyperparameter,
+    keyword,
+    tree_all_finite,
+    tree_astype,
+    working_dtype,
+)
 from ._parametrise import resolve
 from ._solution import EquilibriumSolution
 from ._solver.anderson import AndersonAcceleration
-from ._solver.progress import DIVERGENCE_FACTOR
+from ._solver.progress import divergence_bound
 from ._solver.steady_state import SteadyState
 
 
@@ -389,17 +395,22 @@ def _judge(result, z0, z_star, residual, arguments):
     z0, z_star, arguments = detach((z0, z_star, arguments))
     failed = result != optx.RESULTS.successful
 
-    def start_norm():
+    def norm(tree):
+        return optx.two_norm(tree_astype(tree, working_dtype(tree)))
+
+    def start_bound():
         f0 = call_cell(z0, arguments)
         residual0 = jtu.tree_map(jnp.subtract, f0, z0)
-        return jnp.maximum(optx.two_norm(residual0), optx.two_norm(f0))
+        return divergence_bound(f0, norm(residual0), norm(f0))
 
     # Evaluated only if an example of the batch needs it.
-    norm = optx.two_norm(residual)
-    bound = DIVERGENCE_FACTOR * lax.cond(
-        eqxi.unvmap_any(failed), start_norm, lambda: jnp.zeros_like(norm)
+    residual_norm = norm(residual)
+    bound = lax.cond(
+        eqxi.unvmap_any(failed), start_bound, lambda: jnp.zeros_like(residual_norm)
     )
-    diverged = (result == optx.RESULTS.nonlinear_max_steps_reached) & (norm > bound)
+    diverged = (result == optx.RESULTS.nonlinear_max_steps_reached) & (
+        residual_norm > bound
+    )
     result = optx.RESULTS.where(diverged, optx.RESULTS.nonlinear_divergence, result)
     finite = tree_all_finite((z_star, residual))
     return optx.RESULTS.where(finite, result, optx.RESULTS.nonfinite)

@@ -25,7 +25,10 @@ class ResidualTrace(eqx.Module):
     - `absolute`: `two_norm(f(z) - z)`.
     - `relative`: `two_norm(f(z) - z) / two_norm(f(z))`.
     - `nfe`: evaluations by then, those of the solver and not of the trace; `None` for a
-        solver that does not tell.
+        solver that does not tell. (Of Optimistix' own `optimistix.FixedPointIteration`
+        makes one a step; how many the others make depends on the step.)
+    - `num_matvecs`: Jacobian products by then; `None` for a solver that makes none or
+        does not tell.
     - `num_steps`: how many steps the solve took.
     - `result`: how it ended.
     """
@@ -33,6 +36,7 @@ class ResidualTrace(eqx.Module):
     absolute: Float[Array, "*batch steps"]
     relative: Float[Array, "*batch steps"]
     nfe: Int[Array, "*batch steps"] | None
+    num_matvecs: Int[Array, "*batch steps"] | None
     num_steps: Int[Array, "*batch"]
     result: optx.RESULTS
 
@@ -86,7 +90,8 @@ def residual_trace(
     return ResidualTrace(
         absolute=entries.absolute,
         relative=entries.relative,
-        nfe=entries.nfe,
+        nfe=last if isinstance(solver, optx.FixedPointIteration) else entries.nfe,
+        num_matvecs=entries.num_matvecs,
         num_steps=num_steps,
         result=solution.result,
     )
@@ -102,6 +107,7 @@ class _Entries(eqx.Module):
     absolute: Float[Array, "..."]
     relative: Float[Array, "..."]
     nfe: Int[Array, "..."] | None
+    num_matvecs: Int[Array, "..."] | None
 
 
 class _ResidualObserver(AbstractObserver):
@@ -127,4 +133,5 @@ def _entries(y, args, stats):
     residual = optx.two_norm(jtu.tree_map(jnp.subtract, f, y)).astype(dtype)
     f_norm = optx.two_norm(f).astype(dtype)
     relative = residual / jnp.where(residual == 0, 1, f_norm)
-    return _Entries(residual, relative, stats.get("nfe"))
+    counts = stats.get("nfe"), stats.get("num_matvecs")
+    return _Entries(residual, relative, *counts)

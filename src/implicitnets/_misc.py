@@ -159,6 +159,27 @@ def check_argument(name: str, value: Any, valid: bool, allowed: str) -> None:
         raise ValueError(f"`{name}` must be {allowed}; got {value!r}.")
 
 
+def check_options(owner: Any, options: dict[str, Any], *allowed: str) -> None:
+    """Raise a `ValueError` for an option that a solver does not know.
+
+    **Arguments:**
+
+    - `owner`: the solver.
+    - `options`: those of the solve.
+    - `allowed`: the names of those that it knows.
+
+    **Raises:**
+
+    `ValueError` that names the first unknown option and those allowed.
+    """
+    for name in options:
+        if name not in allowed:
+            known = ", ".join(f"`{option}`" for option in allowed) or "none"
+            raise ValueError(
+                f"`{type(owner).__name__}` has no option `{name}`; allowed: {known}."
+            )
+
+
 def check_tolerances(owner: Any) -> None:
     """Check the `rtol` and `atol` of a solver; traced ones pass unchecked.
 

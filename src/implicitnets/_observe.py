@@ -133,6 +133,24 @@ _OBSERVED: dict[type, Any] = {
 }
 
 
+def observed(solver_or_state: Any) -> Any:
+    """What an observer was put around: the solver, or its state.
+
+    **Arguments:**
+
+    - `solver_or_state`: a solver or its state, observed or not.
+
+    **Returns:**
+
+    The solver or the state itself.
+    """
+    while isinstance(solver_or_state, _AbstractObserved):
+        solver_or_state = solver_or_state.solver
+    while isinstance(solver_or_state, _ObservedState):
+        solver_or_state = solver_or_state.solver_state
+    return solver_or_state
+
+
 def observe(solver: Any, observer: AbstractObserver) -> Any:
     """A solver that takes the same steps, and writes something down after each.
 
@@ -149,7 +167,7 @@ def observe(solver: Any, observer: AbstractObserver) -> Any:
 
     `TypeError` for what is no solver.
     """
-    for kind, observed in _OBSERVED.items():
+    for kind, wrapper in _OBSERVED.items():
         if isinstance(solver, kind):
-            return observed(solver, observer)
+            return wrapper(solver, observer)
     raise TypeError(f"`solver` must be an Optimistix solver; got {solver!r}.")

@@ -30,10 +30,12 @@ except ImportError as error:
 def convergence(
     traces: Mapping[str, ResidualTrace], *, axes: Axes | None = None
 ) -> Axes:
-    """How the relative residual falls with the evaluations, a line a solve.
+    """How the relative residual falls with the work, a line a solve.
 
-    A solver that does not tell its evaluations is drawn against its steps. Of the trace
-    of a batch, the line is the median and the band has the middle half of the examples.
+    The work is the evaluations, and with them the Jacobian products, which cost about
+    as much. A solver that does not tell its evaluations is drawn against its steps. Of
+    the trace of a batch, the line is the median and the band has the middle half of the
+    examples.
 
     **Arguments:**
 
@@ -45,13 +47,17 @@ def convergence(
     The axes.
     """
     axes = _new_axes(axes)
+    products = any(trace.num_matvecs is not None for trace in traces.values())
     for name, trace in traces.items():
         residual = np.atleast_2d(np.asarray(trace.relative, float))
         if trace.nfe is None:
             name = f"{name} (steps)"
             cost = np.arange(residual.shape[1])
         else:
-            cost = np.median(np.atleast_2d(np.asarray(trace.nfe)), axis=0)
+            work = np.atleast_2d(np.asarray(trace.nfe))
+            if trace.num_matvecs is not None:
+                work = work + np.atleast_2d(np.asarray(trace.num_matvecs))
+            cost = np.median(work, axis=0)
         end = int(np.max(np.asarray(trace.num_steps))) + 1
         low, middle, high = np.quantile(residual[:, :end], (0.25, 0.5, 0.75), axis=0)
         (line,) = axes.semilogy(cost[:end], middle, label=name)
@@ -59,7 +65,8 @@ def convergence(
             axes.fill_between(
                 cost[:end], low, high, color=line.get_color(), alpha=0.2, linewidth=0
             )
-    axes.set(xlabel="evaluations of the cell", ylabel="relative residual")
+    unit = "evaluations and Jacobian products" if products else "evaluations"
+    axes.set(xlabel=f"{unit} of the cell", ylabel="relative residual")
     axes.legend()
     return axes
 

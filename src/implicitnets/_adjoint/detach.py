@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -10,6 +11,12 @@ from jaxtyping import Array, PyTree
 
 from .._loop import while_loop
 
+
+_AUX_MESSAGE = (
+    "The auxiliary output of a solve, `sol.aux`, has no gradient under this adjoint. "
+    "Evaluate the function again at `sol.value` to differentiate it; or, if it is not "
+    "to be differentiated, use `jax.lax.stop_gradient(sol.aux)`."
+)
 
 _Tree = TypeVar("_Tree", bound=PyTree[Array])
 
@@ -42,6 +49,35 @@ def detached_solve(primal_fn: Callable, inputs: PyTree) -> tuple[PyTree[Array], 
     The root, and what comes with it.
     """
     return jtu.tree_map(jnp.asarray, primal_fn(detach(inputs) + (while_loop,)))
+
+
+def close_aux(found: Any, inputs: PyTree) -> Any:
+    """Make reverse-mode differentiation of a function's auxiliary output an error.
+
+    It would otherwise be zero without a word, since no adjoint knows the derivative.
+
+    **Arguments:**
+
+    - `found`: what Optimistix returns beside the root, or `None`.
+    - `inputs`: those of `optimistix.AbstractAdjoint.apply`.
+
+    **Returns:**
+
+    `found`.
+    """
+    if found is None:
+        return None
+    *others, aux, stats = found
+    leaves = [x for x in jtu.tree_leaves(inputs) if eqx.is_inexact_array(x)]
+
+    def close(x):
+        if not eqx.is_inexact_array(x):
+            return x
+        # Depends on every input, by the sum of none of its elements.
+        zeros = (jnp.sum(jnp.ravel(leaf)[:0]).astype(x.dtype) for leaf in leaves)
+        return eqxi.nondifferentiable_backward(sum(zeros, start=x), msg=_AUX_MESSAGE)
+
+    return *others, jtu.tree_map(close, aux), stats
 
 
 @jax.custom_jvp

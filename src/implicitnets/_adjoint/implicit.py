@@ -29,11 +29,15 @@ class ImplicitAdjoint(AbstractReportingAdjoint):
     `vmap` and `jit`, in every Optimistix solve. The program has no host callback, so
     that it exports to other platforms, and the backward pass never raises: a linear
     solve that did not converge gives the best that it found, or what the `fallback`
-    makes of it. See [`implicitnets.AdjointReport`][] for how to know.
+    makes of it. See [`implicitnets.AdjointReport`][] for how to know. A cotangent or a
+    Jacobian that is not finite gives NaN.
 
     The right-hand side is scaled to unit norm before the linear solve and the solution
     scaled back, so that the relative error of a gradient does not depend on the scale
     of the loss, whatever the linear solver's absolute tolerance.
+
+    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
+    it in reverse mode is an error that says so.
 
     **Bias:** none but the linear solver's residual and the forward solve's.
 

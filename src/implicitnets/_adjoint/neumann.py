@@ -20,6 +20,9 @@ class NeumannAdjoint(AbstractReportingAdjoint):
     [`implicitnets.JacobianFreeAdjoint`][]. In a root-finding problem $F(z) = 0$ the
     fixed-point map is $F(z) + z$.
 
+    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
+    it in reverse mode is an error that says so.
+
     **Bias:** the terms left out: a relative error of at most
     $\lVert \lambda J + (1 - \lambda) I \rVert^n$ for $n$ terms, where that norm is
     below one. Above one (which a spectral radius below one allows) it may be larger

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -8,7 +7,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree, ScalarLike
 
 from .._misc import check_hyperparameter, working_dtype
-from .detach import detached_solve, substitute
+from .detach import close_aux, detached_solve, substitute
 
 
 class PhantomAdjoint(optx.AbstractAdjoint):
@@ -26,6 +25,9 @@ class PhantomAdjoint(optx.AbstractAdjoint):
 
     Works in forward mode, in reverse mode and to any order: higher derivatives are
     those of the same steps.
+
+    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
+    it in reverse mode is an error that says so.
 
     **Bias:** that of [`implicitnets.NeumannAdjoint`][] with as many terms. Nearly
     always a descent direction, also where the forward solve stopped early.
@@ -78,7 +80,7 @@ class PhantomAdjoint(optx.AbstractAdjoint):
 
         z, _ = lax.scan(step, root, length=self.num_steps)
         root = substitute(z, root)
-        return root, jtu.tree_map(eqxi.nondifferentiable_backward, aux)
+        return root, close_aux(aux, inputs)
 
 
 class JacobianFreeAdjoint(optx.AbstractAdjoint):
@@ -86,6 +88,9 @@ class JacobianFreeAdjoint(optx.AbstractAdjoint):
 
     Fung et al., *JFB: Jacobian-Free Backpropagation for Implicit Networks*, 2022. The
     same as [`implicitnets.PhantomAdjoint`][] with one undamped step.
+
+    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
+    it in reverse mode is an error that says so.
 
     **Bias:** every term of the Neumann series but the first; a relative error of up to
     the norm of the Jacobian. A descent direction if the map contracts and is well

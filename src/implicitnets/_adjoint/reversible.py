@@ -11,8 +11,9 @@ from jaxtyping import Array, Int, PyTree, ScalarLike
 
 from .._loop import while_loop
 from .._misc import check_hyperparameter, tree_cast_like, working_dtype
+from .._observe import observed
 from .._solver.reversible import ReversibleFixedPoint, ReversibleState, start_pair
-from .detach import detach, substitute
+from .detach import close_aux, detach, substitute
 from .implicit import ImplicitAdjoint
 from .report import (
     AbstractReportingAdjoint,
@@ -41,6 +42,9 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
 
     Reverse mode only, and only once: to differentiate again, or forwards, use
     [`implicitnets.ImplicitAdjoint`][].
+
+    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
+    it in reverse mode is an error that says so.
 
     **Bias:** none with respect to the iteration, but for rounding; that of the
     unconverged iteration with respect to the equilibrium.
@@ -85,7 +89,7 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
     ) -> PyTree[Array]:
         """As `optimistix.AbstractAdjoint.apply`."""
         fn, solver, y0, args, *rest = inputs
-        if not isinstance(solver, ReversibleFixedPoint):
+        if not isinstance(observed(solver), ReversibleFixedPoint):
             raise TypeError(
                 "`ReversibleAdjoint` is for the solver "
                 f"`implicitnets.ReversibleFixedPoint`; got `{type(solver).__name__}`."
@@ -99,7 +103,7 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
             detach(self.fallback),
             detach(self.bound),
         )
-        return root, jtu.tree_map(eqxi.nondifferentiable_backward, aux)
+        return root, close_aux(detach(aux), inputs)
 
 
 @eqx.filter_custom_vjp
@@ -128,7 +132,7 @@ def _iterate_bwd(
     inputs, probe = vjp_arg
     differentiated, fixed = eqx.partition(inputs, perturbed[0])
     _, _, state, *_ = aux
-    grads, error = _run_backwards(state, ct_root, differentiated, fixed)
+    grads, error = _run_backwards(observed(state), ct_root, differentiated, fixed)
     failed = ~(error <= bound)
 
     def fall_back():
@@ -183,6 +187,7 @@ def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
     the two sequences it is that gets a new one.
     """
     fn, solver, y0, args, *_ = eqx.combine(differentiated, fixed)
+    solver = observed(solver)
     del fn, args
 
     # Of half-precision parameters the gradients are accumulated in float32.

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -14,6 +13,7 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._loop import while_loop
 from .._misc import tree_cast_like, tree_dot, working_dtype
+from .detach import close_aux
 from .report import AdjointReport, result_number
 
 
@@ -65,9 +65,10 @@ def differentiate_root(
 
     The root, which differentiates in all modes, and what comes with it, which does not.
     """
-    inputs = inputs + (while_loop,)
-    root, aux = _root(primal_fn, rewrite_fn, inputs, tags, inversion, probe)
-    return root, jtu.tree_map(eqxi.nondifferentiable_backward, aux)
+    root, aux = _root(
+        primal_fn, rewrite_fn, inputs + (while_loop,), tags, inversion, probe
+    )
+    return root, close_aux(aux, inputs)
 
 
 @eqx.filter_custom_jvp
@@ -185,10 +186,11 @@ def _normalise(vector: PyTree[Array]) -> tuple[PyTree[Array], Scalar]:
     largest = jnp.stack(
         [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jtu.tree_leaves(vector)]
     ).max()
-    largest = jnp.where(largest > 0, largest, 1)
+    # Of NaN the scale is NaN, and so is the solution, whoever solves.
+    largest = jnp.where(largest == 0, 1, largest)
     vector = _scale_by(vector, 1 / largest)
     length = jnp.sqrt(tree_dot(vector, vector))
-    length = jnp.where(length > 0, length, 1)
+    length = jnp.where(length == 0, 1, length)
     return _scale_by(vector, 1 / length), length * largest
 
 

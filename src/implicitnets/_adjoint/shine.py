@@ -29,6 +29,9 @@ class ShineAdjoint(AbstractReportingAdjoint):
     Works in forward mode, in reverse mode and to any order, though an inverse is no
     better in a second derivative than in a first.
 
+    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
+    it in reverse mode is an error that says so.
+
     **Bias:** that of the estimate, which is accurate along the few directions in which
     the forward solve has moved and the identity elsewhere, as it is everywhere in
     [`implicitnets.JacobianFreeAdjoint`][]. Every step of refinement lessens the
@@ -53,7 +56,9 @@ class ShineAdjoint(AbstractReportingAdjoint):
 
     - `refinement_steps`: the steps of GMRES from there; 0 for the estimate as it
         is.
-    - `probe`: keyword only; see [`implicitnets.AdjointReport`][]; always successful.
+    - `probe`: keyword only; see [`implicitnets.AdjointReport`][]; successful unless the
+        inverse that the solve has built up is not finite, in which case `-I` takes its
+        place (`breakdown`).
 
     **Raises:**
 
@@ -107,9 +112,11 @@ class _Inversion(AbstractInversion):
         inverse = inverse_jacobian(_find(final_state, BroydenState)[0])
         if transposed:
             inverse = inverse.transpose()
+        result = lx.RESULTS.where(
+            inverse.finite, lx.RESULTS.successful, lx.RESULTS.breakdown
+        )
         if self.refinement_steps == 0:
-            stats = {"num_steps": jnp.array(0)}
-            return inverse.mv(vector), lx.RESULTS.successful, stats
+            return inverse.mv(vector), result, {"num_steps": jnp.array(0)}
         # No tolerance: as many steps as asked for. To start at the estimate would take
         # a product for its residual. Another step from zero instead looks at all that
         # could then be reached, since the first vector is the estimate.
@@ -126,7 +133,7 @@ class _Inversion(AbstractInversion):
             options={"preconditioner": preconditioner},
             throw=False,
         )
-        return solution.value, lx.RESULTS.successful, solution.stats
+        return solution.value, result, solution.stats
 
 
 def _find(tree: PyTree, kind: type) -> list:

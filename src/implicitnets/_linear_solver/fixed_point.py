@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -37,7 +37,7 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
 
     The statistics are those of `solver`: `num_steps`, and for ours `nfe`, which counts
     the products with the operator. The result is that of `solver`, with `breakdown` for
-    divergence and `singular` for values that are not finite.
+    divergence and `singular` for values that are not finite, where the solution is NaN.
 
     **Arguments:**
 
@@ -45,6 +45,8 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         [`implicitnets.AndersonAcceleration`][] or `optimistix.FixedPointIteration`.
     - `max_steps`: the largest number of its steps; `None` for no bound.
     """
+
+    _options: ClassVar[tuple[str, ...]] = ("y0",)
 
     solver: optx.AbstractFixedPointSolver | optx.AbstractRootFinder
     max_steps: int | None = 256
@@ -92,8 +94,11 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             throw=False,
         )
         stats = {k: v for k, v in solution.stats.items() if k != "max_steps"}
+        # Our solvers return the best iterate, which a gradient is not to be made of.
+        nonfinite = solution.result == optx.RESULTS.nonfinite
+        value = jtu.tree_map(lambda x: jnp.where(nonfinite, jnp.nan, x), solution.value)
         return (
-            tree_cast_like(solution.value, vector),
+            tree_cast_like(value, vector),
             _as_linear_result(solution.result),
             stats,
         )
@@ -110,20 +115,7 @@ class _NoAdjoint(optx.AbstractAdjoint):
         tags: frozenset[object],
     ) -> PyTree[Array]:
         del rewrite_fn, tags
-        return primal_fn(inputs + (_while_loop,))
-
-
-def _while_loop(cond_fun, body_fun, init_val, *, max_steps=None):
-    # `optimistix.FixedPointIteration` does not keep its float32 state in float32 if
-    # float64 is on (`optimistix/_solver/fixed_point.py`, version 0.1.0).
-    init_val = jtu.tree_map(jnp.asarray, init_val)
-
-    def body(carry):
-        return jtu.tree_map(
-            lambda new, old: jnp.asarray(new, old.dtype), body_fun(carry), carry
-        )
-
-    return while_loop(cond_fun, body, init_val, max_steps=max_steps)
+        return primal_fn(inputs + (while_loop,))
 
 
 _LINEAR_RESULTS = {

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -68,6 +68,8 @@ class GivensGMRES(AbstractMatrixFreeSolver):
     (a cycle without progress, since the operator is singular on the Krylov space, to
     rounding) and stagnation (any other cycle without progress: more `restart`, a
     preconditioner, or a tolerance above what rounding allows, are the remedies) apart.
+    Where the vector or a product is not finite, the result is breakdown and the
+    solution NaN.
 
     **Arguments:**
 
@@ -77,6 +79,8 @@ class GivensGMRES(AbstractMatrixFreeSolver):
         bound.
     - `restart`: the dimension of the Krylov space, in memory `restart + 1` vectors.
     """
+
+    _options: ClassVar[tuple[str, ...]] = ("preconditioner", "y0")
 
     rtol: ScalarLike
     atol: ScalarLike
@@ -190,10 +194,14 @@ class GivensGMRES(AbstractMatrixFreeSolver):
             )
             new_norm = jnp.where(check, _norm(new_residual), cycle.residual_norm)
             stagnation = check & ~(new_norm <= _STAGNATION * start_norm)
+            # What has overflowed is taken back, what the operator spoils is not.
+            spoilt = ~jnp.isfinite(cycle.residual_norm)
+            new_norm = jnp.where(spoilt, jnp.nan, new_norm)
+            take_back = stagnation & ~spoilt
             new = new_solution, new_residual, new_norm
             old = solve.solution, solve.residual, start_norm
             new_solution, new_residual, new_norm = jtu.tree_map(
-                lambda x, y: jnp.where(stagnation, y, x), new, old
+                lambda x, y: jnp.where(take_back, y, x), new, old
             )
             return _Solve(
                 solution=new_solution,
@@ -222,8 +230,10 @@ class GivensGMRES(AbstractMatrixFreeSolver):
                 basis=Unfrozen(empty_history(restart + 1, b)),
             ),
         )
-        # Of NaN, and of infinity, no comparison with the target tells.
+        # Of NaN, and of infinity, no comparison with the target tells. They come from
+        # the right-hand side or from a product, and are not to be taken for a zero.
         finite = jnp.isfinite(solve.residual_norm)
+        solution = jtu.tree_map(lambda x: jnp.where(finite, x, jnp.nan), solve.solution)
         converged = finite & solve.verified & (solve.residual_norm <= target)
         broken = (solve.stagnation & solve.singular) | ~finite
         result = lx.RESULTS.where(
@@ -232,7 +242,7 @@ class GivensGMRES(AbstractMatrixFreeSolver):
         result = lx.RESULTS.where(broken, lx.RESULTS.breakdown, result)
         result = lx.RESULTS.where(converged, lx.RESULTS.successful, result)
         stats = {"num_steps": solve.num_steps, "residual_norm": solve.residual_norm}
-        return narrow(solve.solution), result, stats
+        return narrow(solution), result, stats
 
 
 class _Solve(eqx.Module):

@@ -1,10 +1,12 @@
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree
+
+from .._misc import check_options
 
 
 class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
@@ -12,6 +14,9 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
 
     Only for real square operators.
     """
+
+    # The names of those that it takes.
+    _options: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def _solve(
@@ -37,7 +42,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> lx.AbstractLinearOperator:
         """As `lineax.AbstractLinearSolver.init`."""
-        del options
+        check_options(self, options, *self._options)
         if operator.in_structure() != operator.out_structure():
             name = type(self).__name__
             raise ValueError(f"`{name}` is for square operators only.")

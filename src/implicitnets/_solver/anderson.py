@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.lax as lax
@@ -11,7 +12,9 @@ from .._history import empty_history, history_combine, history_dot, history_set
 from .._loop import materialise, Unfrozen
 from .._misc import (
     check_hyperparameter,
+    check_options,
     check_tolerances,
+    tree_cast_like,
     tree_dot,
     working_dtype,
 )
@@ -75,6 +78,10 @@ def solve_gram(
     return scale * system[:, 0]
 
 
+def _subtract(x: PyTree[Array], y: PyTree[Array], dtype: Any) -> PyTree[Array]:
+    return jtu.tree_map(lambda a, b: a.astype(dtype) - b, x, y)
+
+
 class AndersonAcceleration(optx.AbstractFixedPointSolver):
     r"""Anderson acceleration of a fixed-point iteration, type II.
 
@@ -111,8 +118,9 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
     - `ridge`: the regularisation of the least-squares problem, relative to the diagonal
         of its Gram matrix after that is scaled to one (so to its trace over its size),
         whence a problem scaled by any factor takes the same steps.
-    - `damping`: the weight of the combined states against that of their values: 0 for
-        none, negative to extrapolate. Other libraries' `beta` is `1 - damping`.
+    - `damping`: the weight of the states against that of their values, in every step,
+        accelerated or plain: 0 for none, negative to extrapolate. Other libraries'
+        `beta` is `1 - damping`.
     """
 
     rtol: ScalarLike
@@ -145,7 +153,8 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
             )
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, args, options, f_struct, aux_struct, tags
+        del fn, args, f_struct, aux_struct, tags
+        check_options(self, options)
         m = self.history_size
         dtype = working_dtype(y)
         zeros = jtu.tree_map(jnp.zeros_like, y)
@@ -177,7 +186,7 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
         new_y = lax.cond(
             (k - 1) % self.period == 0,
             lambda: self._extrapolate(history, k),
-            lambda: f,
+            lambda: self._damp(f, residual),
         )
         new_state = _AndersonState(
             progress=progress, num_steps=Unfrozen(k + 1), history=Unfrozen(history)
@@ -213,19 +222,26 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
             history.projection * stored,
             jnp.asarray(self.ridge, dtype),
         )
-        correction = history_combine(gamma, history.f_differences, f)
-        if isinstance(self.damping, int | float) and self.damping == 0:
-            return jtu.tree_map(
-                lambda a, c: (a.astype(dtype) - c).astype(a.dtype), f, correction
-            )
-        damping = jnp.asarray(self.damping, dtype)
-        remainder = history_combine(gamma, history.residual_differences, f)
+        combined_f = _subtract(
+            f, history_combine(gamma, history.f_differences, f), dtype
+        )
+        if self._is_undamped:
+            return tree_cast_like(combined_f, f)
+        combined_residual = _subtract(
+            residual, history_combine(gamma, history.residual_differences, f), dtype
+        )
+        return tree_cast_like(self._damp(combined_f, combined_residual), f)
 
-        def mix(a, c, r, q):
-            mixed = a.astype(dtype) - c - damping * (r.astype(dtype) - q)
-            return mixed.astype(a.dtype)
+    @property
+    def _is_undamped(self):
+        return isinstance(self.damping, int | float) and self.damping == 0
 
-        return jtu.tree_map(mix, f, correction, residual, remainder)
+    def _damp(self, f, residual):
+        if self._is_undamped:
+            return f
+        return jtu.tree_map(
+            lambda a, r: a - jnp.asarray(self.damping, a.dtype) * r, f, residual
+        )
 
     def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags

@@ -19,6 +19,7 @@ from .._history import (
 from .._loop import Unfrozen
 from .._misc import (
     check_hyperparameter,
+    check_options,
     check_tolerances,
     tree_dot,
     working_dtype,
@@ -43,6 +44,9 @@ _MIN_PIVOT = 1e-3
 class _Memory(eqx.Module):
     """What the next step needs to know of the ones before it.
 
+    `base` is the last iterate that was not rejected and `residual` the residual there,
+    from which a rejected step starts again.
+
     For every remembered step `s`, over which the residual changed by `y`, `W` has the
     row `(s + y) / |y|` and `Q` the row `y / |y|` (bad update) or `s / |s|` (good one).
     The inverse Jacobian is `-I + W^T A^-1 Q`, where `A` is `Q Y^T` on and above the
@@ -54,7 +58,7 @@ class _Memory(eqx.Module):
     inverse can be used after the solve; the rest is free to change.
     """
 
-    step: PyTree[Array]
+    base: PyTree[Array]
     residual: PyTree[Array]
     residual_norm: Scalar
     projections: Float[Array, " history"]
@@ -121,11 +125,14 @@ class InverseJacobian(eqx.Module):
 
     - `q`, `w`: histories.
     - `core`: the matrix between them.
+    - `finite`: whether there is such a matrix: one that was not finite is replaced by
+        zero, which leaves `-I`.
     """
 
     q: PyTree[Array]
     w: PyTree[Array]
     core: Float[Array, " history history"]
+    finite: Bool[Array, ""]
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """The product with a vector.
@@ -151,7 +158,7 @@ class InverseJacobian(eqx.Module):
 
         The transpose.
         """
-        return InverseJacobian(q=self.w, w=self.q, core=self.core.T)
+        return InverseJacobian(q=self.w, w=self.q, core=self.core.T, finite=self.finite)
 
 
 def inverse_jacobian(state: BroydenState) -> InverseJacobian:
@@ -169,12 +176,13 @@ def inverse_jacobian(state: BroydenState) -> InverseJacobian:
     size = memory.matrix.shape[0]
     identity = jnp.eye(size, dtype=memory.matrix.dtype)
     core = jax.vmap(_solve, in_axes=(None, 1), out_axes=1)(memory.matrix, identity)
-    core = jnp.where(jnp.all(jnp.isfinite(core)), core, 0)
+    finite = jnp.all(jnp.isfinite(core))
+    core = jnp.where(finite, core, 0)
     # From the order of the updates to that of the ring buffers. Not by `num_steps`,
     # which goes on counting after an example has finished.
     shift = (state.progress.num_evaluations - 1) % size
     core = jnp.roll(jnp.roll(core, shift, axis=0), shift, axis=1)
-    return InverseJacobian(q=memory.q, w=memory.w, core=core)
+    return InverseJacobian(q=memory.q, w=memory.w, core=core, finite=finite)
 
 
 def _shapes(tree):
@@ -196,9 +204,9 @@ class Broyden(optx.AbstractRootFinder):
     `F(z) = f(z) - z` of a fixed-point problem is the rule of
     [`implicitnets.AndersonAcceleration`][]. Checked on an iterate that was evaluated,
     and the best one is returned. A solve ends as unsuccessful with the result
-    `nonfinite`, `nonlinear_divergence` (the residual norm exceeds 1000 times the larger
-    of the first residual norm and the first `norm(F(z) + z)`) or `stagnation`
-    (`patience` evaluations without a new best iterate).
+    `nonfinite`, `nonlinear_divergence` (the residual norm exceeds 1000 times the
+    largest of the first residual norm, the first `norm(F(z) + z)` and the two-norm of a
+    state of ones) or `stagnation` (`patience` evaluations without a new best iterate).
 
     Broyden's good update is the least change of the Jacobian that agrees with a step,
     his bad update the least change of the inverse. Evaluations, means over 12 maps of
@@ -260,6 +268,10 @@ class Broyden(optx.AbstractRootFinder):
             value = getattr(self, name)
             valid = isinstance(value, int) and value >= 1
             check_hyperparameter(self, name, valid, "an integer of at least 1")
+        valid = self.good_update is None or isinstance(self.good_update, bool)
+        check_hyperparameter(self, "good_update", valid, "True, False or None")
+        valid = isinstance(self.line_search, bool)
+        check_hyperparameter(self, "line_search", valid, "True or False")
 
     def init(
         self,
@@ -272,7 +284,8 @@ class Broyden(optx.AbstractRootFinder):
         tags: frozenset[object],
     ) -> BroydenState:
         """As `optimistix.AbstractIterativeSolver.init`."""
-        del fn, args, options, aux_struct, tags
+        del fn, args, aux_struct, tags
+        check_options(self, options)
         if _shapes(f_struct) != _shapes(y):
             raise ValueError(
                 "`Broyden` is for functions whose value has the structure and shapes "
@@ -283,7 +296,7 @@ class Broyden(optx.AbstractRootFinder):
         zeros = jtu.tree_map(lambda x: jnp.zeros(x.shape, dtype), y)
         empty = empty_history(m, y, dtype)
         memory = _Memory(
-            step=zeros,
+            base=zeros,
             residual=zeros,
             residual_norm=jnp.array(jnp.inf, dtype),
             projections=jnp.zeros(m, dtype),
@@ -340,21 +353,29 @@ class Broyden(optx.AbstractRootFinder):
             (progress.diverged & ~reject, progress.finite | reject),
         )
 
+        # The step that was made, which after rounding is not quite the one asked for.
+        step = jtu.tree_map(jnp.subtract, z, memory.base)
+        base = jtu.tree_map(lambda x, b: jnp.where(reject, b, x), z, memory.base)
         memory, direction = self._update(
-            memory, num_steps, residual, residual_norm, reject, num_stalled, finished
+            memory,
+            step,
+            num_steps,
+            residual,
+            residual_norm,
+            reject,
+            num_stalled,
+            finished,
         )
-        base = jtu.tree_map(lambda x, s: jnp.where(reject, x - s, x), z, memory.step)
+        shorten = reject & jnp.isfinite(tree_dot(step, step))
         new_y = jtu.tree_map(
-            lambda b, s, d, x: (b + jnp.where(reject, _BACKTRACK * s, d)).astype(
+            lambda b, s, d, x: (b + jnp.where(shorten, _BACKTRACK * s, d)).astype(
                 x.dtype
             ),
             base,
-            memory.step,
+            step,
             direction,
             y,
         )
-        # The step that is made, which after rounding is not quite the one asked for.
-        step = jtu.tree_map(lambda x, b: x.astype(dtype) - b, new_y, base)
         num_rejected_steps = state.num_rejected_steps
         new_state = BroydenState(
             progress=progress,
@@ -362,13 +383,14 @@ class Broyden(optx.AbstractRootFinder):
                 reject, num_rejected_steps + 1, num_rejected_steps
             ),
             num_steps=Unfrozen(num_steps + 1),
-            memory=Unfrozen(eqx.tree_at(lambda m: m.step, memory, step)),
+            memory=Unfrozen(eqx.tree_at(lambda m: m.base, memory, base)),
         )
         return new_y, new_state, aux
 
     def _update(
         self,
         memory: _Memory,
+        step: PyTree[Array],
         num_steps: Int[Array, ""],
         residual: PyTree[Array],
         residual_norm: Scalar,
@@ -378,7 +400,7 @@ class Broyden(optx.AbstractRootFinder):
     ) -> tuple[_Memory, PyTree[Array]]:
         """Learn from an evaluation; where to go from the last iterate not rejected."""
         change = jtu.tree_map(jnp.subtract, residual, memory.residual)
-        step_square = tree_dot(memory.step, memory.step)
+        step_square = tree_dot(step, step)
         change_square = tree_dot(change, change)
         # What is not usable is stored as zeros, which take no part in anything. The
         # zeros of a rejected step keep the slot the same for a whole batch.
@@ -407,7 +429,7 @@ class Broyden(optx.AbstractRootFinder):
             # Of a finished example what is there. The select of a row costs next to
             # nothing, that of the whole history would cost more than the step.
             old = history_get(history, slot, change)
-            row = jtu.tree_map(make, memory.step, change, old)
+            row = jtu.tree_map(make, step, change, old)
             return history_set(history, slot, row)
 
         q = remember(memory.q, make_q)
@@ -418,7 +440,7 @@ class Broyden(optx.AbstractRootFinder):
         old_projections = _shift(memory.projections, jnp.zeros_like(step_square))
         # The new column of `A` as a difference of projections: no pass of its own.
         column = jnp.where(usable, change_scale * (projections - old_projections), 0)
-        cosine = step_scale * change_scale * tree_dot(memory.step, change)
+        cosine = step_scale * change_scale * tree_dot(step, change)
         column = column.at[-1].set(jnp.where(usable, jnp.where(good, cosine, 1), 0))
         base_projections = jnp.where(reject, old_projections, projections)
 
@@ -435,7 +457,7 @@ class Broyden(optx.AbstractRootFinder):
             return zeros, _matvec(inverse, base_projections)
 
         def some_good():
-            row = step_scale * history_dot(w, memory.step)
+            row = step_scale * history_dot(w, step)
             row = jnp.where(good, jnp.roll(row, -slot - 1), 0)
             matrix = _border(memory.matrix, row, column)
             return row, _solve(matrix, base_projections)
@@ -443,14 +465,18 @@ class Broyden(optx.AbstractRootFinder):
         # Asked of the whole batch: with a batched predicate both branches are run.
         any_good = eqxi.unvmap_any(jnp.any(is_good))
         row, weights = jax.lax.cond(any_good, some_good, only_bad)
-        weights = jnp.where(jnp.all(jnp.isfinite(weights)), weights, 0)
+        # A quarter of a step that has overflowed would overflow again; the value at the
+        # base, where the step of plain iteration leads, is finite.
+        overflown = reject & ~jnp.isfinite(step_square)
+        trusted = jnp.all(jnp.isfinite(weights)) & ~overflown
+        weights = jnp.where(trusted, weights, 0)
         correction = history_combine(jnp.roll(weights, slot + 1), w, residual)
         base_residual = jtu.tree_map(
             lambda new, old: jnp.where(reject, old, new), residual, memory.residual
         )
         direction = jtu.tree_map(jnp.subtract, base_residual, correction)
         new_memory = _Memory(
-            step=memory.step,
+            base=memory.base,
             residual=base_residual,
             residual_norm=jnp.where(reject, memory.residual_norm, residual_norm),
             projections=base_projections,

@@ -13,6 +13,7 @@ from .._linear_solver.gmres import GivensGMRES
 from .._loop import Unfrozen
 from .._misc import (
     check_hyperparameter,
+    check_options,
     check_tolerances,
     tree_all_finite,
     tree_dot,
@@ -41,6 +42,7 @@ class _NewtonKrylovState(eqx.Module):
     forcing: Scalar
     failed: Bool[Array, ""]
     linear_result: optx.RESULTS
+    num_rejected_steps: Int[Array, ""]
     num_matvecs: Int[Array, ""]
     accepted: Unfrozen[PyTree[Array]]
     direction: Unfrozen[PyTree[Array]]
@@ -63,8 +65,9 @@ class NewtonKrylov(optx.AbstractRootFinder):
     `stagnation`, or with `nonfinite` if the function's values there were.
 
     The statistics are `num_steps` (linearisations: the Newton steps, the shortened ones
-    and the last check), `nfe` (evaluations, one a step), and for `GivensGMRES`
-    `num_matvecs` (products with the Jacobian).
+    and the last check), `num_rejected_steps` (how many of them led to where the
+    residual had not decreased enough), `nfe` (evaluations, one a step), and for
+    `GivensGMRES` `num_matvecs` (products with the Jacobian).
 
     Eisenstat and Walker, *Choosing the Forcing Terms in an Inexact Newton Method*,
     1996: choice 2 with its safeguard, and algorithm INB. Kelley, *Solving Nonlinear
@@ -90,6 +93,12 @@ class NewtonKrylov(optx.AbstractRootFinder):
 
     def __check_init__(self):
         check_tolerances(self)
+        check_hyperparameter(
+            self,
+            "linear_solver",
+            isinstance(self.linear_solver, lx.AbstractLinearSolver),
+            "a Lineax solver",
+        )
         if isinstance(self.forcing, int | float):
             check_hyperparameter(
                 self, "forcing", 0 < self.forcing < 1, "in the interval (0, 1)"
@@ -106,7 +115,8 @@ class NewtonKrylov(optx.AbstractRootFinder):
         tags: frozenset[object],
     ) -> _NewtonKrylovState:
         """As `optimistix.AbstractIterativeSolver.init`."""
-        del fn, args, options, aux_struct, tags
+        del fn, args, aux_struct, tags
+        check_options(self, options)
         if jax.eval_shape(lambda: y) != f_struct:
             raise ValueError(
                 "`NewtonKrylov` is for functions whose value has the structure, shapes "
@@ -121,6 +131,7 @@ class NewtonKrylov(optx.AbstractRootFinder):
             forcing=jnp.asarray(self.forcing, dtype),
             failed=jnp.array(False),
             linear_result=optx.RESULTS.successful,
+            num_rejected_steps=jnp.array(0),
             num_matvecs=jnp.array(0),
             accepted=Unfrozen(y),
             direction=Unfrozen(jtu.tree_map(jnp.zeros_like, y)),
@@ -175,6 +186,8 @@ class NewtonKrylov(optx.AbstractRootFinder):
             linear_result=optx.RESULTS.where(
                 solve, optx.RESULTS.promote(linear_result), state.linear_result
             ),
+            num_rejected_steps=state.num_rejected_steps
+            + jnp.where(accept | progress.converged, 0, 1),
             num_matvecs=state.num_matvecs + num_matvecs,
             accepted=Unfrozen(accepted),
             direction=Unfrozen(direction),
@@ -256,7 +269,10 @@ class NewtonKrylov(optx.AbstractRootFinder):
     ) -> tuple[PyTree[Array], Any, dict[str, Any]]:
         """As `optimistix.AbstractIterativeSolver.postprocess`."""
         del fn, y, args, options, tags, result
-        stats = {"nfe": state.progress.num_evaluations}
+        stats = {
+            "nfe": state.progress.num_evaluations,
+            "num_rejected_steps": state.num_rejected_steps,
+        }
         if isinstance(self.linear_solver, GivensGMRES):
             stats["num_matvecs"] = state.num_matvecs
         return state.progress.best_y, aux, stats

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -12,10 +13,31 @@ from .._misc import tree_astype, working_dtype
 
 _Y = TypeVar("_Y", bound=PyTree[Array])
 
-# How many times the first residual, or the first `f(z)` if that is larger, a residual
-# may reach before the solve counts as diverged. Anderson and Broyden recover from
-# excursions of one or two orders of magnitude; a solve that is three off does not.
-DIVERGENCE_FACTOR = 1e3
+# Anderson and Broyden recover from excursions of one or two orders of magnitude; a
+# solve that is three off does not.
+_DIVERGENCE_FACTOR = 1e3
+
+
+def divergence_bound(f: PyTree[Array], residual_norm: Scalar, f_norm: Scalar) -> Scalar:
+    """The residual norm from which a solve that starts here counts as diverged.
+
+    1000 times the largest of the first residual norm, the first `norm(f(z))` and the
+    two-norm of a state of ones. The last is for a start close to an unstable point, as
+    zero is for `tanh(2 z)`: the solve leaves it as one that diverges does, by a
+    constant factor a step, and is at home at the scale of one.
+
+    **Arguments:**
+
+    - `f`: the map's value at the start.
+    - `residual_norm`, `f_norm`: the norms there.
+
+    **Returns:**
+
+    The bound.
+    """
+    ones_norm = math.sqrt(sum(leaf.size for leaf in jtu.tree_leaves(f)))
+    scale = jnp.maximum(jnp.maximum(residual_norm, f_norm), ones_norm)
+    return _DIVERGENCE_FACTOR * scale
 
 
 class Progress(eqx.Module, Generic[_Y]):
@@ -84,7 +106,7 @@ class Progress(eqx.Module, Generic[_Y]):
         error = jnp.where(residual_norm == 0, 0, residual_norm / unit)
         bound = jnp.where(
             jnp.isinf(self.divergence_bound),
-            DIVERGENCE_FACTOR * jnp.maximum(residual_norm, f_norm),
+            divergence_bound(f, residual_norm, f_norm),
             self.divergence_bound,
         )
         better = error < self.best_error

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
 from .._misc import (
     check_hyperparameter,
+    check_options,
     check_tolerances,
     tree_astype,
     tree_cast_like,
@@ -92,7 +93,8 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
         tags: frozenset[object],
     ) -> ReversibleState:
         """As `optimistix.AbstractIterativeSolver.init`."""
-        del fn, args, options, f_struct, aux_struct, tags
+        del fn, args, f_struct, aux_struct, tags
+        check_options(self, options)
         pair = start_pair(y)
         return ReversibleState(
             pair=pair, progress=start_progress(pair), num_best_steps=jnp.array(0)

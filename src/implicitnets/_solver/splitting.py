@@ -16,6 +16,7 @@ from .._krylov import leading_eigenvector, starting_vector
 from .._loop import materialise, Unfrozen
 from .._misc import (
     check_hyperparameter,
+    check_options,
     check_tolerances,
     tree_astype,
     tree_cast_like,
@@ -169,7 +170,8 @@ class ForwardBackward(optx.AbstractFixedPointSolver):
         _check(self)
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, options, f_struct, aux_struct, tags
+        del fn, f_struct, aux_struct, tags
+        check_options(self, options)
         cell, x = _cell_and_input(self, args)
         if self.step_size is None:
             symmetric, skew = _part_norms(cell, y)
@@ -266,7 +268,8 @@ class PeacemanRachford(optx.AbstractFixedPointSolver):
         _check(self)
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, options, f_struct, aux_struct, tags
+        del fn, f_struct, aux_struct, tags
+        check_options(self, options)
         cell, x = _cell_and_input(self, args)
         if self.step_size is None:
             symmetric, skew = _part_norms(cell, y)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 from .._loop import Unfrozen
 from .._misc import (
     check_hyperparameter,
+    check_options,
     check_tolerances,
     tree_all_finite,
     working_dtype,
@@ -81,7 +82,7 @@ class SteadyState(optx.AbstractRootFinder):
     - `stepsize_controller`: any Diffrax step-size controller. With one that has
         tolerances of its own, as `diffrax.PIDController` does, the residual of an
         explicit solver gets down to about these and hovers there: choose them a good
-        deal smaller than `rtol` and `atol`.
+        deal smaller than `rtol` and `atol`, or have `with_pid_controller` derive them.
     - `dt0`: the size of the first step. The time scale of `f(z) - z` is 1.
     """
 
@@ -122,9 +123,57 @@ class SteadyState(optx.AbstractRootFinder):
             isinstance(structure, type) and issubclass(dfx.ODETerm, structure),
             "a Diffrax solver for a single `ODETerm`",
         )
+        check_hyperparameter(
+            self,
+            "stepsize_controller",
+            isinstance(self.stepsize_controller, dfx.AbstractStepSizeController),
+            "a Diffrax step-size controller",
+        )
+
+    @classmethod
+    def with_pid_controller(
+        cls,
+        ode_solver: dfx.AbstractAdaptiveSolver,
+        rtol: float = 1e-4,
+        atol: float = 1e-6,
+        norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm,
+        dt0: ScalarLike = 1.0,
+    ) -> "SteadyState":
+        """A solver whose controller has tolerances that follow from its own.
+
+        The controller is a `diffrax.PIDController` with a tenth of `rtol`, and a tenth
+        of `atol` or of `rtol / 100`, whichever is larger. Where the path itself
+        matters, as it is then followed to that accuracy; it takes more evaluations than
+        [`implicitnets.PseudoTransient`][], the default.
+
+        ??? info "How it compares"
+
+            Evaluations, means over 16 examples, `dfx.Tsit5()` on the cell
+            `tanh(W z + x)`, 128 dimensions, spectral radius 0.9, with ODE tolerances of
+            some share of `rtol` and `atol`.
+
+            | `rtol`, `atol` | a tenth | a hundredth | `PseudoTransient()` |
+            |---|---|---|---|
+            | 1e-3, 1e-3 | 113 | 118 | 84 |
+            | 1e-4, 1e-6 | 204 | 306 | 116 |
+            | 1e-5, 0 | 341 | 1301 | 146 |
+
+        **Arguments:**
+
+        - `ode_solver`, `rtol`, `atol`, `norm`, `dt0`: as for the class.
+
+        **Returns:**
+
+        The solver.
+        """
+        controller = dfx.PIDController(
+            rtol=0.1 * rtol, atol=0.1 * max(atol, 0.01 * rtol)
+        )
+        return cls(ode_solver, rtol, atol, norm, controller, dt0)
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del options, f_struct, aux_struct, tags
+        del f_struct, aux_struct, tags
+        check_options(self, options)
         dtype = working_dtype(y)
         z = _cast(y, dtype)
         field = _vector_field(fn, y)(None, z, args)
