@@ -730,7 +730,7 @@ SECTIONS = (
         options=(
             *("--repeats", "3"),
             *("--limit", "30"),
-            *("--problems", "dense-0.99", "resnet", "trained", "lin"),
+            *("--problems", "dense-0.99", "resnet", "lin"),
         ),
         quick=("--repeats", "1", "--problems", "lin"),
         takes="python",

@@ -219,11 +219,14 @@ def evaluation_promises() -> list[Row]:
     rows = []
     for name, problem, solver, most in progress(cases, "evaluations"):
         row = prepare(problem, None, Method(name, solver)).row
-        # An implicit ODE solver does not tell; then only success is asked for.
-        measured = row["evaluations"] or 0
         failed = row["result"] != "ok"
-        what = f"{problem.name}: {name}, evaluations"
-        rows.append(promise(what, np.inf if failed else measured, most))
+        if row["evaluations"] is None:
+            # An implicit ODE solver does not tell; then only success is asked for.
+            rows.append(promise(f"{problem.name}: {name}, failed", float(failed), 0))
+        else:
+            measured = np.inf if failed else row["evaluations"]
+            what = f"{problem.name}: {name}, evaluations"
+            rows.append(promise(what, measured, most))
     return rows
 
 
