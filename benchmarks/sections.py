@@ -729,7 +729,7 @@ SECTIONS = (
         minutes=7.5,
         options=(
             *("--repeats", "3"),
-            *("--limit", "30"),
+            *("--limit", "45"),
             *("--problems", "dense-0.99", "resnet", "lin"),
         ),
         quick=("--repeats", "1", "--problems", "lin"),
