@@ -21,8 +21,11 @@ class EquilibriumSolution(eqx.Module, Generic[_State]):
         it came from.
     - `residual`: `cell(z_star, x) - z_star`, of the structure of the state. Has no
         gradient: at an equilibrium it is zero by the implicit function theorem.
-    - `result`: an `optimistix.RESULTS`: successful, or out of steps, diverged, or
-        non-finite. Indexing `optimistix.RESULTS[sol.result]` gives a sentence.
+    - `result`: an `optimistix.RESULTS`: `successful`, `nonlinear_max_steps_reached`,
+        `nonlinear_divergence`, `nonfinite`, `stagnation` (no progress any more) or
+        `breakdown` (of the linear solve within a Newton method).
+        `optimistix.RESULTS[sol.result]` is a sentence; that of the last two is Lineax',
+        whence they come, and speaks of linear solves.
     - `stats`: a dictionary of arrays: `num_steps` of the solver, `nfe` (the cell
         evaluations that it made) where the solver tells, and what else it tells.
     """
