@@ -61,15 +61,20 @@ class Cell(eqx.Module):
         return jnp.tanh(self.hidden(z) + self.inject(x))
 
 
+@eqx.filter_jit
+def solve(deq, x):
+    return deq.solve(x)
+
+
 cell = Cell(64, 32, key=jr.key(0))
 deq = inn.DeepEquilibriumNetwork(cell, init=lambda x: jnp.zeros(32))
-solution = deq.solve(images[0])
+solution = solve(deq, images[0])
 print(f"state: {solution.z_star.shape}")
 print(f"successful: {bool(solution.result == optx.RESULTS.successful)}")
 print(f"evaluations of the cell: {solution.stats['nfe']}")
 
 # %% [markdown]
-# A cell that does not keep its promise is found out when it is traced, before anything
+# A cell that does not keep its promise is caught when it is traced, before anything
 # is computed. This one returns more than the state:
 
 
@@ -80,7 +85,7 @@ def talkative(z, x):
 
 deq = inn.DeepEquilibriumNetwork(talkative, init=lambda x: jnp.zeros(32))
 try:
-    deq(images[0])
+    solve(deq, images[0])
 except ValueError as error:
     print(error)
 
@@ -186,7 +191,8 @@ half = eqx.nn.Linear(64, 64, key=jr.key(1)).weight / 2
 symmetric = eqx.tree_at(
     lambda cell: cell.hidden.weight, Cell(64, 64, key=jr.key(0)), Symmetric(half)
 )
-solutions = jax.vmap(inn.DeepEquilibriumNetwork(symmetric).solve)(images[:32])
+batch_solve = eqx.filter_vmap(solve, in_axes=(None, 0))
+solutions = batch_solve(inn.DeepEquilibriumNetwork(symmetric), images[:32])
 jax.effects_barrier()
 print(f"{jnp.sum(solutions.stats['nfe'])} evaluations for {len(images[:32])} images")
 
@@ -253,7 +259,7 @@ plt.show()
 # %% [markdown]
 # ## Check it
 #
-# Three questions to a new cell, before and after training.
+# Three questions to ask of a new cell, before and after training.
 #
 # * Was the equilibrium found? `solution.result` says so for every example, and
 #   `solution.residual` is `cell(z_star, x) - z_star`.
@@ -367,7 +373,7 @@ def graph_step(model, state, graph):
 for name, graph in graphs.items():
     model = GraphClassifier(key=jr.key(0))
     state = optimiser.init(eqx.filter(model, eqx.is_array))
-    for _ in range(60):
+    for _ in range(40):
         model, state = graph_step(model, state, graph)
     logits, solution = eqx.filter_jit(model.solve)(nodes, graph)
     correct = jnp.argmax(logits, 1)[50:] == node_labels[50:]

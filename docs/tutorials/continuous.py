@@ -102,7 +102,8 @@ for name, solver in {
     "plain iteration": optx.FixedPointIteration(1e-4, 1e-6),
     "Tsit5": dfx.Tsit5(),
 }.items():
-    solution = inn.DeepEquilibriumNetwork(spiral, solver).solve(origin, z0=starts[0])
+    deq = inn.DeepEquilibriumNetwork(spiral, solver)
+    solution = eqx.filter_jit(deq.solve)(origin, z0=starts[0])
     success = bool(solution.result == optx.RESULTS.successful)
     print(f"{name:15}  z* = {np.round(solution.z_star, 4)}  successful: {success}")
 
@@ -245,8 +246,9 @@ probe = inn.AdjointReport.probe()
 layers = {
     "DEQ, Anderson": (inn.DeepEquilibriumNetwork(noted), probe),
     "DEQ, Tsit5": (inn.DeepEquilibriumNetwork(noted, dfx.Tsit5()), probe),
-    "ODE, time 5": (inn.NeuralODE(noted, dfx.Tsit5(), t1=5), None),
-    "ODE, time 20": (inn.NeuralODE(noted, dfx.Tsit5(), t1=20), None),
+    # Again arrays, so that both are served by one compilation.
+    "ODE, time 5": (inn.NeuralODE(noted, dfx.Tsit5(), t1=jnp.array(5.0)), None),
+    "ODE, time 20": (inn.NeuralODE(noted, dfx.Tsit5(), t1=jnp.array(20.0)), None),
 }
 costs = {}
 for name, (layer, probe) in layers.items():

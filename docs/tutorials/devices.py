@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Many devices, checkpoints, export
 #
-# Nothing of an equilibrium layer is special to JAX. So what JAX does with any function
-# it does with a solve: split it over devices, save what it depends on, ship it to
-# another machine. This page does all three on a CPU that pretends to be four devices.
-# The same lines serve four GPUs, without the first two settings.
+# To JAX an equilibrium layer is nothing special. So what JAX does with any function it
+# does with a solve: split it over devices, save what it depends on, ship it to another
+# machine. This page does all three on a CPU that pretends to be four devices. The same
+# lines serve four GPUs, without the first two settings.
 
 # %%
 import tempfile

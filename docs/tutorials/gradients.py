@@ -60,29 +60,58 @@ cells = [make_cell(radius) for radius in radii]
 
 
 def gradients(adjoint):
-    """Of one loss with respect to the weights, a row for every radius."""
+    """Of one loss with respect to the weights, and its cost, a row for every radius."""
+    reports = isinstance(adjoint, inn.AbstractReportingAdjoint)
+    probe = inn.AdjointReport.probe() if reports else None
 
-    @jax.jit
-    @jax.grad
+    @eqx.filter_jit
     def gradient(cell):
-        solver = inn.Broyden(rtol=1e-6, atol=0.0)
-        deq = inn.DeepEquilibriumNetwork(cell, solver, adjoint=adjoint)
-        return jnp.dot(deq(x), direction)
+        def loss(cell_and_probe):
+            cell, probe = cell_and_probe
+            solver = inn.Broyden(rtol=1e-6, atol=0.0)
+            deq = inn.DeepEquilibriumNetwork(cell, solver, adjoint=adjoint)
+            solution = deq.solve(x, probe=probe)
+            return jnp.dot(solution.z_star, direction), solution.stats["nfe"]
 
-    return jnp.stack([gradient(cell).weight.reshape(-1) for cell in cells])
+        return eqx.filter_grad(loss, has_aux=True)((cell, probe))
+
+    found, costs = [], []
+    for cell in cells:
+        (gradient_of_cell, report), nfe = gradient(cell)
+        found.append(gradient_of_cell.weight.reshape(-1))
+        costs.append(num_products(adjoint, report, nfe))
+    return jnp.stack(found), costs
 
 
-def relative_errors(adjoint):
-    wrong = jnp.linalg.norm(gradients(adjoint) - exact, axis=1)
-    return wrong / jnp.linalg.norm(exact, axis=1)
+def num_products(adjoint, report, nfe):
+    """What an adjoint reports, and what is known of those that do not report."""
+    if report is not None:
+        return int(report.num_steps)
+    if isinstance(adjoint, inn.JacobianFreeAdjoint):
+        return 0
+    if isinstance(adjoint, inn.PhantomAdjoint):
+        return adjoint.num_steps - 1
+    return int(nfe)  # unrolled: one for every evaluation
 
 
-exact = gradients(inn.ImplicitAdjoint(inn.GivensGMRES(1e-6, 0.0)))
+exact, _ = gradients(inn.ImplicitAdjoint(inn.GivensGMRES(1e-6, 0.0)))
+
+
+def compare(adjoint):
+    """The relative error, the cosine to the exact gradient, and the products."""
+    found, costs = gradients(adjoint)
+    found_norm, exact_norm = (jnp.linalg.norm(g, axis=1) for g in (found, exact))
+    error = jnp.linalg.norm(found - exact, axis=1) / exact_norm
+    cosine = jnp.sum(found * exact, axis=1) / (found_norm * exact_norm)
+    return error, cosine, costs
+
 
 # %% [markdown]
 # ## Every adjoint
 #
-# One constructor argument each. The number of Jacobian products is what it costs.
+# One constructor argument each. The relative error says how wrong a gradient is, its
+# cosine to the exact one how far it points elsewhere, and the number of products with
+# the cell's Jacobian what the backward pass costs.
 
 # %%
 adjoints = {
@@ -95,15 +124,17 @@ adjoints = {
     "SHINE, 5 refinements": inn.ShineAdjoint(5),
     "unrolled": optx.RecursiveCheckpointAdjoint(),
 }
-errors = {name: relative_errors(adjoint) for name, adjoint in adjoints.items()}
-print(f"{'relative error at radius':26}" + "".join(f"{r:>10}" for r in radii))
-for name, values in errors.items():
-    print(f"{name:26}" + "".join(f"{error:10.1e}" for error in values))
+rows = {name: compare(adjoint) for name, adjoint in adjoints.items()}
+print(f"{'':20}" + "".join(f"{f'radius {radius}':>19}" for radius in radii))
+print(f"{'':20}" + len(radii) * "  error cosine prod.")
+for name, columns in rows.items():
+    row = "".join(f"{e:7.0e}{c:7.3f}{p:5}" for e, c, p in zip(*columns))
+    print(f"{name:20}{row}")
 
 # %%
 figure, axes = plt.subplots(layout="constrained")
-for name, values in errors.items():
-    axes.semilogy([str(r) for r in radii], values, marker="o", label=name)
+for name, (errors, _, _) in rows.items():
+    axes.semilogy([str(r) for r in radii], errors, marker="o", label=name)
 axes.set(xlabel="spectral radius", ylabel="relative error of the gradient")
 figure.legend(loc="outside right upper")
 plt.show()
@@ -118,16 +149,16 @@ plt.show()
 
 
 # %%
-def loss(cell, probe, max_steps):
+@eqx.filter_jit
+@eqx.filter_grad
+def report_on(probe, max_steps):
     adjoint = inn.ImplicitAdjoint(inn.GivensGMRES(1e-4, 0.0, max_steps=max_steps))
-    deq = inn.DeepEquilibriumNetwork(cell, adjoint=adjoint)
+    deq = inn.DeepEquilibriumNetwork(cells[1], adjoint=adjoint)
     return jnp.dot(deq(x, probe=probe), direction)
 
 
 for max_steps in (100, 5):
-    _, report = jax.grad(loss, argnums=(0, 1))(
-        cells[1], inn.AdjointReport.probe(), max_steps
-    )
+    report = report_on(inn.AdjointReport.probe(), max_steps)
     print(
         f"{report.num_steps:3.0f} products, residual {report.residual:.1e}, "
         f"successful: {bool(report.successful)}"
@@ -143,7 +174,8 @@ for max_steps in (100, 5):
 cautious = inn.ImplicitAdjoint(
     inn.GivensGMRES(1e-4, 0.0, max_steps=5), fallback=inn.NeumannSeries(5, damping=0.5)
 )
-print(f"relative error at radius 0.9: {relative_errors(cautious)[1]:.2f}")
+error, cosine, _ = compare(cautious)
+print(f"at radius 0.9: relative error {error[1]:.2f}, cosine {cosine[1]:.3f}")
 
 # %% [markdown]
 # ## Which one?

@@ -122,7 +122,7 @@ state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
 losses, evaluations = [], []
 memory = empty
 model = inn.set_fixed_depth(model, 3)
-num_steps, num_unrolled = 200, 150
+num_steps, num_unrolled = 120, 90
 for step in range(num_steps):
     if step == num_unrolled:
         model = inn.set_fixed_depth(model, 0)
@@ -206,13 +206,13 @@ def sample(model, prompt, num_characters, temperature, key):
 
 
 prompt = "the following statement is "
-found = sample(model, jnp.array([numbers[c] for c in prompt]), 300, 0.6, jr.key(1))
+found = sample(model, jnp.array([numbers[c] for c in prompt]), 120, 0.6, jr.key(1))
 line = prompt + "".join(alphabet[number] for number in found)
 for start in range(0, len(line), 70):
     print(line[start : start + 70])
 
 # %% [markdown]
-# A few hundred steps of so small a model give short words and no sense. The published
+# A hundred steps or so of so small a model give short words and no sense. The published
 # sizes are `inn.models.TransformerConfig.wikitext103()` and its siblings, and
 # `python benchmarks/train.py transformer --data-dir book.txt` trains on any text of
 # yours, with checkpoints.

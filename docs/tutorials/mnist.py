@@ -26,7 +26,7 @@
 #
 # ```bash
 # python docs/tutorials/mnist.py
-# python docs/tutorials/mnist.py --model-type skipdeq --solver newton-gmres
+# python docs/tutorials/mnist.py --model-type skipdeq --solver newton-krylov
 # python docs/tutorials/mnist.py --help
 # ```
 
@@ -61,6 +61,7 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import implicitnets as inn
+from implicitnets import plot
 
 
 # %% [markdown]
@@ -71,14 +72,13 @@ import implicitnets as inn
 # which follow $\dot z = f(z, x) - z$ to its steady state.
 
 # %%
-SolverName = Literal["anderson", "fixed-point", "newton-gmres", "tsit5"]
+SolverName = Literal["anderson", "broyden", "fixed-point", "newton-krylov", "tsit5"]
 
 SOLVERS: dict[SolverName, Callable[[float], Any]] = {
     "anderson": lambda rtol: inn.AndersonAcceleration(rtol, 1e-6),
+    "broyden": lambda rtol: inn.Broyden(rtol, 1e-6),
     "fixed-point": lambda rtol: optx.FixedPointIteration(rtol, 1e-6),
-    "newton-gmres": lambda rtol: optx.Newton(
-        rtol, 1e-6, linear_solver=inn.GivensGMRES(rtol=1e-2, atol=0)
-    ),
+    "newton-krylov": lambda rtol: inn.NewtonKrylov(rtol, 1e-6),
     "tsit5": lambda rtol: inn.SteadyState(dfx.Tsit5(), rtol, 1e-6),
 }
 
@@ -546,36 +546,21 @@ def plot_training(run: Run) -> Figure:
     return figure
 
 
-def convergence(
-    deq: inn.AbstractDeepEquilibriumNetwork, solver: SolverName, xs: Array
-) -> tuple[list[float], list[float]]:
-    """The mean cell evaluations and relative residual of ever longer solves."""
-    deq = eqx.tree_at(lambda deq: deq.solver, deq, SOLVERS[solver](1e-6))
-
-    @eqx.filter_jit
-    def solve(deq, xs, max_steps):
-        deq = eqx.tree_at(lambda deq: deq.max_steps, deq, max_steps)
-
-        def one_example(x):
-            solution = deq.solve(x)
-            f = solution.z_star + solution.residual
-            residual = optx.two_norm(solution.residual) / optx.two_norm(f)
-            return evaluations(solution), residual
-
-        return jax.tree.map(jnp.mean, jax.vmap(one_example)(xs))
-
-    # An array, so that every length is served by one compilation.
-    pairs = [solve(deq, xs, jnp.array(max_steps)) for max_steps in range(1, 41)]
-    return [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
-
-
 def plot_convergence(run: Run, solvers: set[SolverName], images: np.ndarray) -> Figure:
-    xs = jax.vmap(run.model.stem)(jnp.asarray(images))
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for solver in sorted(solvers):
-        axis.semilogy(*convergence(run.model.deq, solver, xs), ".-", label=solver)
-    axis.set(xlabel="cell evaluations", ylabel="relative residual")
-    axis.legend()
+    """The median of the images and the middle half of them, for each solver."""
+    deq = run.model.deq
+
+    def trace(solver: SolverName) -> inn.ResidualTrace:
+        def one_example(image: Array) -> inn.ResidualTrace:
+            x = run.model.stem(image)
+            return inn.residual_trace(
+                deq.cell, SOLVERS[solver](1e-6), deq.start(x), x, max_steps=40
+            )
+
+        return eqx.filter_jit(jax.vmap(one_example))(images)
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    plot.convergence({solver: trace(solver) for solver in sorted(solvers)}, axes=axes)
     return figure
 
 

@@ -92,8 +92,13 @@ for step in range(300):
     rows = rng.integers(0, 1500, 64)
     model, state, _ = train_step(model, state, pixels[rows], labels[rows])
 
-accuracy = jnp.mean(jnp.argmax(jax.vmap(model)(pixels[1500:]), 1) == labels[1500:])
-print(f"accuracy on the last 297 images: {accuracy:.1%}")
+
+@eqx.filter_jit
+def accuracy(model):
+    return jnp.mean(jnp.argmax(jax.vmap(model)(pixels[1500:]), 1) == labels[1500:])
+
+
+print(f"accuracy on the last 297 images: {accuracy(model):.1%}")
 
 # %% [markdown]
 # ## Every solver
@@ -147,8 +152,8 @@ plt.show()
 # ones apart from a cluster near zero are found and taken out one by one.
 
 # %%
-z_star = model.deq(model.stem(pixels[1500]))
-plot.spectrum(cell, z_star, model.stem(pixels[1500]))
+x = xs[0]
+plot.spectrum(cell, eqx.filter_jit(model.deq)(x), x)
 plt.show()
 
 # %% [markdown]
@@ -160,16 +165,15 @@ plt.show()
 # %%
 for name in ("Broyden", "Newton-Krylov", "VCABM3"):
     swapped = eqx.tree_at(lambda m: m.deq.solver, model, solvers[name])
-    same = jnp.argmax(jax.vmap(swapped)(pixels[1500:]), 1) == labels[1500:]
-    print(f"{name:16} accuracy {jnp.mean(same):.1%}")
+    print(f"{name:16} accuracy {accuracy(swapped):.1%}")
 
 # %% [markdown]
 # ## Which one?
 #
 # * `inn.AndersonAcceleration` is the default: little work beside the
 #   evaluations, and few of them.
-# * `inn.Broyden` has an inverse Jacobian to show for its work, which
-#   `inn.ShineAdjoint` uses, and it tells when it stagnates.
+# * `inn.Broyden` builds an inverse Jacobian, which `inn.ShineAdjoint` uses, and tells
+#   when it stagnates.
 # * `inn.NewtonKrylov` for high accuracy, and for maps that expand.
 # * ODE solvers for cells that are stable as a flow and not as an iteration: with
 #   eigenvalues far to the left, where plain iteration diverges.

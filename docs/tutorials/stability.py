@@ -45,8 +45,8 @@ test_pixels, test_labels = pixels[1500:], labels[1500:]
 # ## A training run
 #
 # A dense cell of 64 units between two linear layers. Its weights are twice as long at
-# the start as they usually are, the learning rate is high and the solver has 30 steps,
-# so that there is trouble to see.
+# the start as they usually are, the learning rate is high, and the solver has 30 steps
+# and its adjoint 60 products, so that there is trouble to see.
 
 
 # %%
@@ -78,7 +78,7 @@ class Classifier(eqx.Module):
 def make_model(
     cell: Callable = Cell(key=jr.key(1)),
     solver: Any = inn.AndersonAcceleration(rtol=1e-4, atol=0.0),
-    adjoint=inn.ImplicitAdjoint(),
+    adjoint=inn.ImplicitAdjoint(inn.GivensGMRES(1e-4, 0.0, max_steps=60)),
 ):
     return Classifier(cell, solver, adjoint)
 
@@ -124,7 +124,7 @@ def train_step(model, state, x, y, step, key, penalty):
     return eqx.apply_updates(model, updates), state, record
 
 
-def train(model, penalty=no_penalty, num_steps=200):
+def train(model, penalty=no_penalty, num_steps=120):
     state = optimiser.init(eqx.filter(model, eqx.is_array))
     rng = np.random.default_rng(0)
     records = []
@@ -206,16 +206,16 @@ plt.show()
 # %% [markdown]
 # ## Penalise the Jacobian
 #
-# `inn.jacobian_penalty` estimates the mean squared slope of the cell at the equilibrium
-# from one random vector. It need not be there in every step: `inn.sometimes` computes
-# it in a random part of them. And it need not be there from the start:
-# `inn.growing_weight` is a schedule for its weight.
+# `inn.jacobian_penalty` estimates, from one random vector, the mean squared norm of an
+# output's gradient with respect to the state, at the equilibrium. It need not be there
+# in every step: `inn.sometimes` computes it in a random part of them. And it need not
+# be there from the start: `inn.growing_weight` is a schedule for its weight.
 #
 # The weight is a trade, and has to be found: too small, and solves still fail; too
 # large, and the cell hardly looks at its state.
 
 # %%
-weight = inn.growing_weight(initial=1.0, increment=1.0, every=100)
+weight = inn.growing_weight(initial=1.0, increment=1.0, every=60)
 
 
 def penalty(model, z, x, step, key):
@@ -273,7 +273,7 @@ plt.show()
 # A backward solve that fails returns the best that it found, which may be a long vector
 # in a wrong direction. With a `fallback`, the examples whose solve failed, and only
 # they, get the gradient of something that cannot fail: five terms of a damped Neumann
-# series. To see the difference, the linear solver has ten products here and not 500.
+# series. To see the difference, the linear solver has ten products here and not 60.
 
 # %%
 short = inn.GivensGMRES(rtol=1e-4, atol=0.0, max_steps=10)
@@ -291,3 +291,16 @@ for name, adjoint in adjoints.items():
         f"{'':24} failed backward solves {failed:.1%}, "
         f"gradient norm: median {np.median(norms):.2f}, largest {norms.max():.2f}"
     )
+
+# %% [markdown]
+# ## What to do
+#
+# | what you see | what to do |
+# | --- | --- |
+# | solves out of steps, residuals still falling | more steps, a longer history |
+# | ever more solves fail as training goes on | penalise the Jacobian, from early on |
+# | no solve may ever fail | normalise the weights, or take a cell with a guarantee |
+# | failed backward solves, jumps of the gradient | a fallback, a clipped gradient |
+# | values that are not finite | look at what the cell computes, not at the solver |
+#
+# [How to choose](../../choose/) has more of it.
