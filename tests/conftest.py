@@ -25,7 +25,7 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 def pytest_collection_modifyitems(config, items):
     """Run what is marked as independent of the precision in float32 only."""
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+    if jax.config.jax_enable_x64:
         once = [item for item in items if item.get_closest_marker("one_precision")]
         config.hook.pytest_deselected(items=once)
         items[:] = [item for item in items if item not in set(once)]
