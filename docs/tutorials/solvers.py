@@ -142,10 +142,9 @@ axes.set(xlim=(0, 120), ylim=(1e-6, 2))
 plt.show()
 
 # %% [markdown]
-# Not every solver succeeds on every image, and each says so. This cell was trained
-# without a thought for its equilibria: plain iteration does not converge for all of
-# them, and Newton's method with a line search can end where the residual is least but
-# not zero.
+# Not every solver succeeds on every image, and each says so. Newton-Krylov takes only
+# steps that lessen the residual, and so can be caught where it is least but not zero.
+# The others let it grow on the way, and get out.
 #
 # The slope of plain iteration is the spectral radius of the cell's Jacobian at the
 # equilibrium. Where the eigenvalues are tells what acceleration can gain: few large
