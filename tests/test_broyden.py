@@ -80,7 +80,7 @@ def cubic_map(z, args):
 @pytest.mark.parametrize("history_size, most", ((3, 60), (5, 45), (10, 40)))
 def test_linear_map_needs_few_evaluations(history_size, most, seed):
     """Plain iteration needs about 200 here."""
-    args = uniform_spectrum(0.95, seed), make_vector(50)
+    args = make_matrix(50, 0.95, seed, symmetric=True), make_vector(50)
     solver = Broyden(1e-6, 0.0, history_size=history_size)
     sol = solve(linear_map, solver, jnp.zeros(50), args)
     assert sol.result == optx.RESULTS.successful
@@ -209,6 +209,18 @@ def test_line_search_converges_from_afar():
     sol = solve(cubic_map, Broyden(1e-5, 0.0), start, args)
     assert sol.result == optx.RESULTS.successful
     assert relative_residual(cubic_map, sol.value, args) <= 1.05e-5
+
+
+def test_line_search_knows_where_it_came_from():
+    """A first step in which the start is lost to rounding, and rejected ten times."""
+    huge = 1 / float(jnp.finfo(jnp.result_type(float)).eps)
+
+    def fn(z, _):
+        return jnp.where(z < 1, huge, huge * jnp.abs(z))
+
+    solver, start = Broyden(0.0, 1e-3), jnp.full(1, 0.5)
+    zs, _ = trajectory(fn, solver, start, None, num_steps=11)
+    assert np.allclose(zs[10] - 4.0**-9 * zs[1], start, rtol=1e-2)
 
 
 def test_divergence_and_stagnation():

@@ -63,6 +63,7 @@ def test_given_steps_also_past_the_end():
         inn.Broyden(1e-4, 0.0),
         optx.Newton(1e-4, 1e-4),
         optx.LevenbergMarquardt(1e-4, 1e-4),
+        inn.ReversibleFixedPoint(1e-4, 0.0),
     ),
     ids=lambda solver: type(solver).__name__,
 )

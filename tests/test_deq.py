@@ -352,6 +352,17 @@ def test_state_must_be_real(dtype):
         deq(jnp.ones(4, dtype))
 
 
+def test_state_of_several_dtypes():
+    """Under strict promotion, to which the suite is set."""
+
+    def cell(z, x):
+        return jtu.tree_map(lambda z, x: jnp.tanh(0.5 * z) + x, z, x)
+
+    x = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.bfloat16)}
+    sol = eqx.filter_eval_shape(inn.DeepEquilibriumNetwork(cell).solve, x)
+    assert sol.z_star["b"].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("field", ("max_steps", "fixed_depth"))
 def test_hyperparameters_are_checked(field):
     with pytest.raises(ValueError, match=rf"{field}.*-1"):
@@ -390,6 +401,7 @@ def test_result_of_divergence_and_of_too_few_steps(max_steps):
         return 0.99 * z + x
 
     solver = SOLVERS["fixed_point"]
+
     for cell, expected in (
         (diverging, optx.RESULTS.nonlinear_divergence),
         (slow, optx.RESULTS.nonlinear_max_steps_reached),
@@ -476,18 +488,24 @@ def test_serialise_and_reload(tmp_path):
     assert eqx.tree_equal(deq(x), loaded(x))
 
 
-def test_traced_tolerance_does_not_recompile():
+def test_traced_tolerance_and_budget_do_not_recompile():
     traces = []
 
     @eqx.filter_jit
-    def solve(rtol, x):
+    def solve(rtol, max_steps, x):
         traces.append(None)
         solver = inn.AndersonAcceleration(rtol, jnp.zeros_like(rtol))
-        return inn.DeepEquilibriumNetwork(dense_cell(), solver).solve(x)
+        deq = inn.DeepEquilibriumNetwork(dense_cell(), solver)
+        return eqx.tree_at(lambda d: d.max_steps, deq, max_steps).solve(x)
 
-    loose, tight = (solve(jnp.array(tol), make_vector(4)) for tol in (1e-1, 1e-4))
+    loose, tight, short = (
+        solve(jnp.array(tol), jnp.array(max_steps), make_vector(4))
+        for tol, max_steps in ((1e-1, 100), (1e-4, 100), (1e-4, 3))
+    )
     assert len(traces) == 1
     assert loose.stats["nfe"] < tight.stats["nfe"]
+    assert short.stats["num_steps"] == 3
+    assert short.result == optx.RESULTS.nonlinear_max_steps_reached
 
 
 def test_a_solve_outside_jit_compiles_once():

@@ -5,7 +5,11 @@ import inspect
 import pkgutil
 from typing import Any
 
+import diffrax as dfx
 import equinox as eqx
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
 import pytest
 
 import implicitnets as inn
@@ -64,3 +68,29 @@ def test_public_docstrings(name):
     else:
         has_arguments = bool(inspect.signature(value).parameters)
         assert ("**Arguments:**" in doc) == has_arguments and "**Returns:**" in doc
+
+
+@pytest.mark.parametrize(
+    "solver",
+    (
+        inn.AndersonAcceleration(1e-3, 0.0),
+        inn.Broyden(1e-3, 0.0),
+        inn.NewtonKrylov(1e-3, 0.0),
+        inn.ReversibleFixedPoint(1e-3, 0.0),
+        inn.SteadyState(dfx.Euler()),
+        inn.ForwardBackward(1e-3, 0.0),
+        inn.PeacemanRachford(1e-3, 0.0),
+        inn.GivensGMRES(1e-3, 0.0),
+        inn.FixedPointLinearSolver(inn.AndersonAcceleration(1e-3, 0.0)),
+        inn.NeumannSeries(),
+    ),
+    ids=lambda solver: type(solver).__name__,
+)
+def test_unknown_options_are_refused(solver):
+    y, options = jnp.ones(2), {"preconditoner": None}
+    with pytest.raises(ValueError, match="has no option `preconditoner`; allowed: "):
+        if isinstance(solver, lx.AbstractLinearSolver):
+            operator = lx.DiagonalLinearOperator(y)
+            lx.linear_solve(operator, y, solver, options=options)
+        else:
+            optx.fixed_point(lambda z, _: 0.5 * z, solver, y, options=options)

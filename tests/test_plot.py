@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -34,17 +35,22 @@ def test_convergence():
 
     traces = {
         "Anderson": trace(inn.AndersonAcceleration(1e-3, 0.0)),
-        "plain": trace(optx.FixedPointIteration(1e-3, 1e-3)),
+        "chord": trace(optx.Chord(1e-3, 1e-3)),
     }
     axes = plot.convergence(traces)
     labels = [line.get_label() for line in axes.get_lines()]
-    assert labels == ["Anderson", "plain (steps)"]
+    assert labels == ["Anderson", "chord (steps)"]
     assert len(axes.collections) == 2
     line = axes.get_lines()[0]
     assert np.all(np.diff(np.asarray(line.get_xdata(), float)) >= 0)
     assert np.asarray(line.get_ydata(), float)[0] == pytest.approx(1)
     alone = jax.tree.map(lambda leaf: leaf[0], traces["Anderson"])
     assert len(plot.convergence({"one": alone}, axes=axes).get_lines()) == 3
+    products = dataclasses.replace(alone, num_matvecs=alone.nfe)
+    with_products = plot.convergence({"twice": products})
+    assert "products" in with_products.get_xlabel()
+    cost = np.asarray(with_products.get_lines()[0].get_xdata())
+    assert np.array_equal(cost, 2 * np.asarray(alone.nfe)[: len(cost)])
 
 
 def test_spectrum():

@@ -51,7 +51,11 @@ def test_every_solver(name):
     )
     assert n == sol.stats["num_steps"]
     assert trace.result == sol.result
-    assert (trace.nfe is not None) == tells
+    assert (trace.nfe is not None) == (tells or name == "fixed_point_iteration")
+    assert (trace.num_matvecs is not None) == (name == "newton_krylov")
+    if trace.num_matvecs is not None:
+        assert trace.num_matvecs[0] == 0
+        assert trace.num_matvecs[-1] == sol.stats["num_matvecs"] > 0
     if tells:
         assert trace.nfe[-1] == trace.nfe[n] == sol.stats["nfe"]
         assert np.all(np.diff(trace.nfe[: n + 1]) > 0)
@@ -71,6 +75,7 @@ def test_iterates_of_plain_iteration():
     assert np.allclose(trace.relative, relative, rtol=1e-4)
     assert trace.result == optx.RESULTS.nonlinear_max_steps_reached
     assert trace.num_steps == 6
+    assert np.array_equal(trace.nfe, np.arange(7))
 
 
 @pytest.mark.parametrize("name", ("dense", "conv", "pair"))

@@ -1,9 +1,12 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optimistix as optx
 
 import implicitnets as inn
+from implicitnets._adjoint.shine import _Inversion
 
 from .helpers import linear_map, make_matrix, make_vector, relative_error, tolerance
 
@@ -77,6 +80,22 @@ def test_inverse_of_an_example_that_finished_early():
         assert relative_error(grads[i], expected) < tolerance(1e-2, 1e-8)
         # What is left of an inverse that has been forgotten is the identity.
         assert relative_error(grads[i], x) > 0.05
+
+
+def test_an_inverse_that_is_not_finite_is_no_success():
+    solver, z = inn.Broyden(1e-4, 0.0, history_size=2), jnp.ones(3)
+    struct = jax.eval_shape(lambda: z)
+    state = solver.init(lambda z, _: z, z, None, {}, struct, None, frozenset())
+    broken = eqx.tree_at(
+        lambda s: s.memory.value.matrix, state, jnp.full((2, 2), jnp.nan)
+    )
+    operator = lx.IdentityLinearOperator(struct)
+    for final_state, successful in ((state, True), (broken, False)):
+        value, result, _ = _Inversion(0).solve(
+            operator, z, (None, None, final_state), False
+        )
+        assert np.array_equal(value, -z)
+        assert (result == lx.RESULTS.successful) == successful
 
 
 def test_a_solver_around_broyden():

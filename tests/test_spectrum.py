@@ -49,6 +49,15 @@ def test_of_a_large_matrix():
     matrix = make_matrix(100, 0.9, symmetric=True)
     radius = spectral_radius(linear, jnp.zeros(100), matrix, key=jr.key(1))
     assert 0.88 < radius < 0.9001
+    # A rotation by 0.9 among smaller eigenvalues, in a basis of no meaning.
+    matrix = np.zeros((100, 100))
+    matrix[:2, :2] = MATRICES["rotation"]
+    matrix[2:, 2:] = make_matrix(98, 0.7, seed=2)
+    matrix[:2, 2:] = 0.1 * np.asarray(make_matrix(98, 1.0, seed=3))[:2]
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(100, 100)))[0]
+    matrix = jnp.asarray(basis @ matrix @ basis.T, jnp.result_type(float))
+    radius = spectral_radius(linear, jnp.zeros(100), matrix, key=jr.key(1))
+    assert np.allclose(radius, 0.9, rtol=0.01)
 
 
 @pytest.mark.parametrize("dtype", (None, jnp.bfloat16))

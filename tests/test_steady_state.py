@@ -122,10 +122,18 @@ def test_evaluations_are_counted_right(ode_solver):
     assert sol.stats["nfe"] == count
 
 
-def test_same_as_diffeqsolve():
+@pytest.mark.parametrize(
+    "ode_solver",
+    (
+        dfx.Tsit5(),
+        dfx.Heun(),
+        dfx.Kvaerno3(root_finder=dfx.VeryChord(1e-4, 1e-6, optx.rms_norm)),
+    ),
+    ids=name_of,
+)
+def test_same_as_diffeqsolve(ode_solver):
     cell, x, z0 = dense_problem()
-    ode_solver = dfx.Tsit5()
-    controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
+    solver = inn.SteadyState.with_pid_controller(ode_solver, 1e-3, 1e-3)
     expected: Any = dfx.diffeqsolve(
         dfx.ODETerm(lambda t, z, x: cell(z, x) - z),
         ode_solver,
@@ -134,16 +142,15 @@ def test_same_as_diffeqsolve():
         1.0,
         z0,
         x,
-        stepsize_controller=controller,
-        event=dfx.Event(dfx.steady_state_event(1e-4, 0.0, optx.two_norm)),
+        stepsize_controller=solver.stepsize_controller,
+        event=dfx.Event(dfx.steady_state_event(1e-3, 1e-3, optx.two_norm)),
         max_steps=None,
     )
-    solver = inn.SteadyState(ode_solver, 1e-4, 0.0, stepsize_controller=controller)
     sol = solve(cell, solver, z0, x)
     assert sol.result == optx.RESULTS.successful
     assert sol.stats["num_steps"] == expected.stats["num_steps"]
-    assert np.isclose(sol.stats["final_time"], expected.ts[0], rtol=1e-4)
-    assert relative_error(sol.value, expected.ys[0]) < 1e-5
+    assert np.isclose(sol.stats["final_time"], expected.ts[0], rtol=1e-3)
+    assert relative_error(sol.value, expected.ys[0]) < 1e-4
 
 
 def test_pseudo_transient_in_diffeqsolve():
@@ -188,7 +195,7 @@ def test_other_controllers(ode_solver, controller):
     assert sol.result == optx.RESULTS.successful
     if isinstance(controller, dfx.ConstantStepSize):
         assert sol.stats["num_rejected_steps"] == 0
-        assert sol.stats["final_time"] == sol.stats["num_steps"]
+        assert float(sol.stats["final_time"]) == int(sol.stats["num_steps"])
 
 
 def test_a_root_finder_of_ones_own_keeps_its_tolerances():
@@ -255,8 +262,17 @@ def test_tight_tolerance():
         (lambda z, _: -10 * jnp.log(z), 5.0, 256, "successful"),
         (lambda z, _: -z, 1.0, 2, "nonlinear_max_steps_reached"),
         (lambda z, _: 0 * z, 1.0, 256, "successful"),
+        (lambda z, _: jnp.tanh(2 * z) + 1e-6 - z, 0.0, 256, "successful"),
     ),
-    ids=("diverges", "nan", "nan-around", "nan-beyond", "max-steps", "steady"),
+    ids=(
+        "diverges",
+        "nan",
+        "nan-around",
+        "nan-beyond",
+        "max-steps",
+        "steady",
+        "unstable-start",
+    ),
 )
 def test_results(fn, z0, max_steps, result):
     z0 = jnp.full(2, z0)

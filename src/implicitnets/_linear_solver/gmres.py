@@ -337,9 +337,10 @@ def _arnoldi_step(
     # matrix, as the rotations before have left it.
     upper = jnp.sum(last_row * projections)
     radius = jnp.sqrt(upper**2 + norm**2)
-    safe_radius = jnp.where(radius > 0, radius, 1)
-    cos = jnp.where(radius > 0, upper / safe_radius, 1)
-    sin = jnp.where(radius > 0, norm / safe_radius, 0)
+    # Of NaN the rotation is NaN, and so is the residual.
+    safe_radius = jnp.where(radius == 0, 1, radius)
+    cos = jnp.where(radius == 0, 1, upper / safe_radius)
+    sin = jnp.where(radius == 0, 0, norm / safe_radius)
     new_rotation = jnp.where(rows == j + 1, sin, cos * last_row)
     new_last_row = jnp.where(rows == j + 1, cos, -sin * last_row)
     column = jnp.where(rows == j + 1, norm, projections)

@@ -176,7 +176,7 @@ def inverse_jacobian(state: BroydenState) -> InverseJacobian:
     size = memory.matrix.shape[0]
     identity = jnp.eye(size, dtype=memory.matrix.dtype)
     core = jax.vmap(_solve, in_axes=(None, 1), out_axes=1)(memory.matrix, identity)
-    finite = jnp.all(jnp.isfinite(core))
+    finite = jnp.all(jnp.isfinite(memory.matrix)) & jnp.all(jnp.isfinite(core))
     core = jnp.where(finite, core, 0)
     # From the order of the updates to that of the ring buffers. Not by `num_steps`,
     # which goes on counting after an example has finished.
