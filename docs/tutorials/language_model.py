@@ -122,7 +122,7 @@ state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
 losses, evaluations = [], []
 memory = empty
 model = inn.set_fixed_depth(model, 3)
-num_steps, num_unrolled = 120, 90
+num_steps, num_unrolled = 200, 150
 for step in range(num_steps):
     if step == num_unrolled:
         model = inn.set_fixed_depth(model, 0)
@@ -212,7 +212,7 @@ for start in range(0, len(line), 70):
     print(line[start : start + 70])
 
 # %% [markdown]
-# A hundred steps or so of so small a model give short words and no sense. The published
+# A few hundred steps of so small a model give short words and no sense. The published
 # sizes are `inn.models.TransformerConfig.wikitext103()` and its siblings, and
 # `python benchmarks/train.py transformer --data-dir book.txt` trains on any text of
 # yours, with checkpoints.
