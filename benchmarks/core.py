@@ -56,7 +56,7 @@ def convolution_speed(config: Config) -> list[Row]:
     cell = jax_cell(problem.kind)
     method = Method("Anderson", inn.AndersonAcceleration(problem.rtol, 0.0))
     prepared = prepare(problem, reference(problem), method)
-    if not prepared.passed or prepared.gradient is None:
+    if prepared.solve is None or prepared.gradient is None or not prepared.passed:
         raise RuntimeError(f"{problem.name}: {prepared.row['result']}.")
 
     def evaluate(weights, x):

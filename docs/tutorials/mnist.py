@@ -557,7 +557,7 @@ def plot_convergence(run: Run, solvers: set[SolverName], images: np.ndarray) -> 
                 deq.cell, SOLVERS[solver](1e-6), deq.start(x), x, max_steps=40
             )
 
-        return eqx.filter_jit(jax.vmap(one_example))(images)
+        return eqx.filter_jit(jax.vmap(one_example))(jnp.asarray(images))
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     plot.convergence({solver: trace(solver) for solver in sorted(solvers)}, axes=axes)

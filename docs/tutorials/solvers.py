@@ -95,7 +95,8 @@ for step in range(300):
 
 @eqx.filter_jit
 def accuracy(model):
-    return jnp.mean(jnp.argmax(jax.vmap(model)(pixels[1500:]), 1) == labels[1500:])
+    found = jnp.argmax(jax.vmap(model)(pixels[1500:]), axis=1)
+    return jnp.mean(jnp.equal(found, labels[1500:]))
 
 
 print(f"accuracy on the last 297 images: {accuracy(model):.1%}")
