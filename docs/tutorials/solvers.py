@@ -69,7 +69,7 @@ class Classifier(eqx.Module):
 
 pixels, labels = load_digits(return_X_y=True)
 pixels = jnp.asarray(pixels / 16, jnp.float32)
-labels = jnp.asarray(labels)
+classes = jnp.asarray(labels)
 optimiser = optax.adam(3e-3)
 
 
@@ -90,13 +90,13 @@ state = optimiser.init(eqx.filter(model, eqx.is_array))
 rng = np.random.default_rng(0)
 for step in range(300):
     rows = rng.integers(0, 1500, 64)
-    model, state, _ = train_step(model, state, pixels[rows], labels[rows])
+    model, state, _ = train_step(model, state, pixels[rows], classes[rows])
 
 
 @eqx.filter_jit
 def accuracy(model):
     found = jnp.argmax(jax.vmap(model)(pixels[1500:]), axis=1)
-    return jnp.mean(jnp.equal(found, labels[1500:]))
+    return jnp.mean(found == classes[1500:])
 
 
 print(f"accuracy on the last 297 images: {accuracy(model):.1%}")
