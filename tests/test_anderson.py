@@ -177,17 +177,23 @@ def test_stagnating_iteration_stays_finite():
     assert relative_residual(linear_map, sol.value, args) < tolerance(1e-6, 1e-14)
 
 
-@pytest.mark.parametrize(
-    "fn, result",
-    (
-        (lambda z, _: jnp.exp(z) + 1.0, optx.RESULTS.nonfinite),
-        (lambda z, _: z**2 + 1.0, optx.RESULTS.nonlinear_divergence),
-    ),
-)
-def test_divergence(fn, result):
-    """Of `exp` from one step to the next, where there is no larger finite number."""
-    sol = solve(fn, inn.AndersonAcceleration(1e-6, 0.0), jnp.zeros(2))
-    assert sol.result == result
+def test_divergence():
+    sol = solve(
+        lambda z, _: z**2 + 1.0, inn.AndersonAcceleration(1e-6, 0.0), jnp.zeros(2)
+    )
+    assert sol.result == optx.RESULTS.nonlinear_divergence
+    assert jnp.all(jnp.isfinite(sol.value))
+
+
+def test_overflow():
+    sol = solve(
+        lambda z, _: jnp.exp(z) + 1.0, inn.AndersonAcceleration(1e-6, 0.0), jnp.zeros(2)
+    )
+    # Which is seen first depends on how the evaluations are rounded.
+    assert sol.result in (
+        optx.RESULTS.nonlinear_divergence,
+        optx.RESULTS.nonfinite,
+    )
     assert jnp.all(jnp.isfinite(sol.value))
 
 
