@@ -353,28 +353,11 @@ class Broyden(optx.AbstractRootFinder):
             (progress.diverged & ~reject, progress.finite | reject),
         )
 
-        # The step that was made, which after rounding is not quite the one asked for.
-        step = jtu.tree_map(jnp.subtract, z, memory.base)
-        base = jtu.tree_map(lambda x, b: jnp.where(reject, b, x), z, memory.base)
         memory, direction = self._update(
-            memory,
-            step,
-            num_steps,
-            residual,
-            residual_norm,
-            reject,
-            num_stalled,
-            finished,
+            memory, z, num_steps, residual, residual_norm, reject, num_stalled, finished
         )
-        shorten = reject & jnp.isfinite(tree_dot(step, step))
         new_y = jtu.tree_map(
-            lambda b, s, d, x: (b + jnp.where(shorten, _BACKTRACK * s, d)).astype(
-                x.dtype
-            ),
-            base,
-            step,
-            direction,
-            y,
+            lambda b, d, x: (b + d).astype(x.dtype), memory.base, direction, y
         )
         num_rejected_steps = state.num_rejected_steps
         new_state = BroydenState(
@@ -383,14 +366,14 @@ class Broyden(optx.AbstractRootFinder):
                 reject, num_rejected_steps + 1, num_rejected_steps
             ),
             num_steps=Unfrozen(num_steps + 1),
-            memory=Unfrozen(eqx.tree_at(lambda m: m.base, memory, base)),
+            memory=Unfrozen(memory),
         )
         return new_y, new_state, aux
 
     def _update(
         self,
         memory: _Memory,
-        step: PyTree[Array],
+        z: PyTree[Array],
         num_steps: Int[Array, ""],
         residual: PyTree[Array],
         residual_norm: Scalar,
@@ -399,6 +382,8 @@ class Broyden(optx.AbstractRootFinder):
         finished: Bool[Array, ""],
     ) -> tuple[_Memory, PyTree[Array]]:
         """Learn from an evaluation; where to go from the last iterate not rejected."""
+        # The step that was made, which after rounding is not quite the one asked for.
+        step = jtu.tree_map(jnp.subtract, z, memory.base)
         change = jtu.tree_map(jnp.subtract, residual, memory.residual)
         step_square = tree_dot(step, step)
         change_square = tree_dot(change, change)
@@ -471,12 +456,20 @@ class Broyden(optx.AbstractRootFinder):
         trusted = jnp.all(jnp.isfinite(weights)) & ~overflown
         weights = jnp.where(trusted, weights, 0)
         correction = history_combine(jnp.roll(weights, slot + 1), w, residual)
-        base_residual = jtu.tree_map(
-            lambda new, old: jnp.where(reject, old, new), residual, memory.residual
+        base, base_residual = jtu.tree_map(
+            lambda new, old: jnp.where(reject, old, new),
+            (z, residual),
+            (memory.base, memory.residual),
         )
-        direction = jtu.tree_map(jnp.subtract, base_residual, correction)
+        shorten = reject & ~overflown
+        direction = jtu.tree_map(
+            lambda s, r, c: jnp.where(shorten, _BACKTRACK * s, r - c),
+            step,
+            base_residual,
+            correction,
+        )
         new_memory = _Memory(
-            base=memory.base,
+            base=base,
             residual=base_residual,
             residual_norm=jnp.where(reject, memory.residual_norm, residual_norm),
             projections=base_projections,
