@@ -181,9 +181,11 @@ def jax_cell(kind: Kind) -> Any:
         )[0]
 
     def norm(weights, name, x):
-        groups = x.reshape(NUM_GROUPS, -1)
-        mean = jnp.mean(groups, axis=1, keepdims=True)
-        variance = jnp.var(groups, axis=1, keepdims=True)
+        # Only the channels are split: an image flattened to one axis makes XLA on CPU
+        # compute every element's place by divisions, at half the cell's speed.
+        groups = x.reshape(NUM_GROUPS, -1, *x.shape[1:])
+        mean = jnp.mean(groups, axis=(1, 2, 3), keepdims=True)
+        variance = jnp.var(groups, axis=(1, 2, 3), keepdims=True)
         x = ((groups - mean) * lax.rsqrt(variance + NORM_EPS)).reshape(x.shape)
         scale, shift = weights[f"{name}_scale"], weights[f"{name}_shift"]
         return x * scale[:, None, None] + shift[:, None, None]

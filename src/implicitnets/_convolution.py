@@ -25,6 +25,7 @@ import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.lax as lax
 import jax.tree_util as jtu
+import jaxlib.version
 import numpy as np
 
 
@@ -152,7 +153,7 @@ def _lower_for_cpu(lhs, rhs, *, dimension_numbers, **params):
     last = lhs.ndim - 1
     data_spec = (0, last, *range(1, last))
     kernel_spec = (last, last - 1, *range(last - 1))
-    out = _lax_convolution(
+    out = _convolve_on_all_cores(
         lax.transpose(lhs, (n, *lhs_space, c)),
         lax.transpose(rhs, (*rhs_space, i, o)),
         dimension_numbers=lax.ConvDimensionNumbers(data_spec, kernel_spec, data_spec),
@@ -160,6 +161,29 @@ def _lower_for_cpu(lhs, rhs, *, dimension_numbers, **params):
     )
     n, c, *out_space = dimension_numbers.out_spec
     return lax.transpose(out, np.argsort((n, *out_space, c)))
+
+
+def _convolve_on_all_cores(lhs, rhs, *, padding, **params):
+    # From jaxlib 0.10 on XLA has YNNPACK convolve images, which in 0.10 runs on one
+    # core. It is not given an output that is higher than the input
+    # (`IsConvolutionOpSupportedByYnn` in `xla/backends/cpu/ynn_support.cc`): where some
+    # more rows make it so they are computed too and cut off, and Eigen's kernel, which
+    # runs on all cores, takes the convolution.
+    height = lhs.shape[1]
+    window = 1 + (rhs.shape[0] - 1) * params["rhs_dilation"][0]
+    (low, high), *other_padding = padding
+    out_height = height + low + high - window + 1
+    more_rows = height + 1 - out_height
+    if (
+        not (0, 10) <= jaxlib.version.__version_info__ < (0, 11)
+        or lhs.ndim != 4
+        or any(step != 1 for step in (*params["window_strides"], *params["lhs_dilation"]))
+        or not 0 < more_rows <= out_height / 4
+    ):
+        return _lax_convolution(lhs, rhs, padding=padding, **params)
+    padding = ((low, high + more_rows), *other_padding)
+    out = _lax_convolution(lhs, rhs, padding=padding, **params)
+    return lax.slice_in_dim(out, 0, out_height, axis=1)
 
 
 convolution_p.def_impl(_lax_convolution)
