@@ -7,6 +7,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import jaxlib.version
 import numpy as np
 import pytest
 from jaxtyping import Array
@@ -47,6 +48,11 @@ _LAYERS = {
         _Conv2d(3, 4, 3, padding=((1, 2), (0, 1)), stride=(2, 3)),
         (3, 7, 6),
     ),
+    "2d_uneven": (
+        _Conv2d(3, 2, (3, 2), padding=((4, 0), (0, 1)), dilation=(2, 1)),
+        (3, 9, 5),
+    ),
+    "2d_pointwise": (_Conv2d(2, 3, 1), (2, 5, 4)),
     "2d_valid": (_Conv2d(2, 3, 3, padding="VALID", dilation=2, stride=2), (2, 8, 7)),
     "2d_reflect": (_Conv2d(2, 2, 3, padding=2, padding_mode="REFLECT"), (2, 6, 5)),
     "2d_replicate": (_Conv2d(2, 2, 3, padding=1, padding_mode="REPLICATE"), (2, 6, 5)),
@@ -139,6 +145,21 @@ def test_same_derivatives(name):
         return jax.jvp(conv, point, direction), jax.jvp(grad, point, direction)
 
     _assert_same_in_loop(derivatives, *_problem(name))
+
+
+@pytest.mark.skipif(
+    jaxlib.version.__version_info__[:2] != (0, 10),
+    reason="Only jaxlib 0.10 convolves images on one core.",
+)
+@pytest.mark.one_precision
+@pytest.mark.parametrize(
+    "name, height", [("2d_same", 7), ("2d_uneven", 10), ("2d_valid", 2)]
+)
+def test_more_rows_for_all_cores(name, height):
+    conv, point, _ = _problem(name)
+    text = jax.jit(fast_convolutions(conv)).lower(*point).as_text()
+    (found,) = re.findall(r"stablehlo.convolution.*-> tensor<1x(\d+)x", text)
+    assert int(found) == height
 
 
 @pytest.mark.parametrize("name", ["2d_same", "2d_groups", "lax_scrambled"])

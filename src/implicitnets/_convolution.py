@@ -175,9 +175,9 @@ def _convolve_on_all_cores(lhs, rhs, *, padding, **params):
     out_height = height + low + high - window + 1
     more_rows = height + 1 - out_height
     if (
-        not (0, 10) <= jaxlib.version.__version_info__ < (0, 11)
+        jaxlib.version.__version_info__[:2] != (0, 10)
         or lhs.ndim != 4
-        or any(step != 1 for step in (*params["window_strides"], *params["lhs_dilation"]))
+        or {*params["window_strides"], *params["lhs_dilation"]} != {1}
         or not 0 < more_rows <= out_height / 4
     ):
         return _lax_convolution(lhs, rhs, padding=padding, **params)

@@ -72,6 +72,35 @@ def tree_cast_like(tree: PyTree[Array], like: PyTree) -> PyTree[Array]:
     return jtu.tree_map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
+def tree_ravel(tree: PyTree[Array]) -> PyTree[Array]:
+    """Flatten every leaf of a pytree to one axis.
+
+    **Arguments:**
+
+    - `tree`: a pytree of arrays.
+
+    **Returns:**
+
+    The pytree of vectors.
+    """
+    return jtu.tree_map(jnp.ravel, tree)
+
+
+def tree_reshape_like(tree: PyTree[Array], like: PyTree) -> PyTree[Array]:
+    """Reshape every leaf of a pytree to the shape of another's.
+
+    **Arguments:**
+
+    - `tree`: a pytree of arrays.
+    - `like`: arrays or `jax.ShapeDtypeStruct`s, of the same structure.
+
+    **Returns:**
+
+    The pytree, in those shapes.
+    """
+    return jtu.tree_map(lambda x, y: x.reshape(y.shape), tree, like)
+
+
 def tree_normal(key: PRNGKeyArray, like: PyTree[Array]) -> PyTree[Array]:
     """Standard normal numbers.
 

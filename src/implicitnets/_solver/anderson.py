@@ -16,6 +16,8 @@ from .._misc import (
     check_tolerances,
     tree_cast_like,
     tree_dot,
+    tree_ravel,
+    tree_reshape_like,
     working_dtype,
 )
 from .progress import Progress, start_progress
@@ -156,6 +158,7 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
         del fn, args, f_struct, aux_struct, tags
         check_options(self, options)
         m = self.history_size
+        y = tree_ravel(y)
         dtype = working_dtype(y)
         zeros = jtu.tree_map(jnp.zeros_like, y)
         empty = empty_history(m, y)
@@ -177,9 +180,16 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
         del options, tags
         k = state.num_steps.value
         f, aux = materialise(fn(y, args), k)
+        shaped = y
+        f, y = tree_ravel(f), tree_ravel(y)
         residual = jtu.tree_map(jnp.subtract, f, y)
         progress = state.progress.update(
-            y, f, residual, rtol=self.rtol, atol=self.atol, norm=self.norm
+            y,
+            f,
+            residual,
+            rtol=self.rtol,
+            atol=self.atol,
+            norm=lambda x: self.norm(tree_reshape_like(x, shaped)),
         )
         history = self._remember(state.history.value, k, f, residual)
         # The counter is the same for a whole batch, so this branches under `vmap` too.
@@ -191,7 +201,7 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
         new_state = _AndersonState(
             progress=progress, num_steps=Unfrozen(k + 1), history=Unfrozen(history)
         )
-        return new_y, new_state, aux
+        return tree_reshape_like(new_y, shaped), new_state, aux
 
     def _remember(self, history, k, f, residual):
         slot = (k - 1) % self.history_size
@@ -248,5 +258,6 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
         return state.progress.verdict()
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        del fn, y, args, options, tags, result
-        return state.progress.best_y, aux, {"nfe": state.progress.num_evaluations}
+        del fn, args, options, tags, result
+        best_y = tree_reshape_like(state.progress.best_y, y)
+        return best_y, aux, {"nfe": state.progress.num_evaluations}
