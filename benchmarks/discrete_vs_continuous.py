@@ -9,7 +9,7 @@ import dataclasses
 import tyro
 from measure import bar_figure, print_table, progress, Row, save, Settings
 from methods import continuous_methods, discrete_methods, prepare, time_rows
-from problems import dense_tanh, Problem, reference, tutorial
+from problems import Problem, PROBLEMS, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,8 @@ def compare(config: Config, problem: Problem) -> list[Row]:
 def main() -> None:
     config = tyro.cli(Config)
     rows = []
-    for problem in (
-        dense_tanh(0.9),
-        tutorial(config.output_dir / "trained_cell.npz"),
-    ):
+    for name in ("dense-0.9", "trained"):
+        problem = PROBLEMS[name](config.output_dir)
         new_rows = compare(config, problem)
         print_table(problem.name, new_rows)
         rows += new_rows

@@ -11,19 +11,16 @@ import dataclasses
 import math
 import pathlib
 import sys
-import time
 
-import equinox as eqx
-import jax.tree_util as jtu
 import tyro
+from comparison import train
 from config import Config, TrainingOptions
-from data import Data, DataError, DataOptions, load
+from data import DataError, DataOptions, load
 from equilibrium import EquilibriumOptions
-from measure import plt, print_table, progress, Row, save, Settings
+from measure import plt, print_table, save, Settings
 from metrics import means
 from networks import TransformerOptions
 from optimiser import OptimiserOptions
-from trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,51 +49,6 @@ class LanguageSettings(Settings):
     """Of both models."""
 
 
-def train(
-    settings: LanguageSettings, data: Data, name: str, training: TrainingOptions
-) -> tuple[Row, list[float]]:
-    """Train one of the models.
-
-    **Arguments:**
-
-    - `settings`: the options.
-    - `data`: the text.
-    - `name`: of the model.
-    - `training`: how much of it at a fixed depth.
-
-    **Returns:**
-
-    Its row of the table, and the bits of a training character in every step.
-    """
-    config = Config(
-        settings.model,
-        equilibrium=settings.equilibrium,
-        optimiser=settings.optimiser,
-        training=training,
-    )
-    trainer = Trainer(config, data)
-    state = trainer.start()
-    history, start = [], time.perf_counter()
-    for step in progress(range(trainer.plan.total_steps), name):
-        state, metrics = trainer.train_step(state, step)
-        history.append(means([metrics])["loss"] / math.log(2))
-    seconds = time.perf_counter() - start - trainer.compile_seconds
-    found = trainer.test(state)
-    weights = jtu.tree_leaves(eqx.filter(state.network, eqx.is_inexact_array))
-    row = {
-        "model": name,
-        "parameters": sum(leaf.size for leaf in weights),
-        "evaluations": found["evaluations"],
-        "bits per character": found["bits_per_token"],
-        "residual": found["residual"],
-        "spectral radius": found["spectral_radius_mean"],
-        "training step (ms)": 1e3 * seconds / len(history),
-        "training memory (MB)": 1e-6
-        * trainer.training_memory(state.network.layer.fixed_depth),
-    }
-    return row, history
-
-
 def main() -> None:
     settings = tyro.cli(LanguageSettings)
     options = DataOptions(
@@ -119,9 +71,18 @@ def main() -> None:
     rows, histories = [], {}
 
     def add(name, options):
-        row, histories[name] = train(settings, data, name, options)
-        rows.append(row)
-        print_table(name, [row])
+        config = Config(
+            settings.model,
+            equilibrium=settings.equilibrium,
+            optimiser=settings.optimiser,
+            training=options,
+        )
+        row, found, history = train(config, data, name)
+        rows.append({**row, "bits per character": found["bits_per_token"]})
+        histories[name] = [
+            means([metrics])["loss"] / math.log(2) for metrics in history
+        ]
+        print_table(name, rows[-1:])
 
     add("equilibrium", options)
     depth = round(rows[0]["evaluations"])

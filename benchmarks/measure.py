@@ -241,7 +241,10 @@ def versions() -> dict[str, str]:
 
 def without_value(row: Row) -> str:
     """Why a row has no time, in a word or two."""
-    return NOT_RUN if row.get("result", "").startswith(NOT_RUN) else "failed"
+    if row.get("result", "").startswith(NOT_RUN):
+        return NOT_RUN
+    solved, _, total = row.get("converged", "").partition("/")
+    return "failed" if solved == total else f"{solved}/{total} solved"
 
 
 def bar_figure(

@@ -12,21 +12,17 @@ import dataclasses
 import pathlib
 import statistics
 import sys
-import time
 
-import equinox as eqx
-import jax
-import jax.tree_util as jtu
 import numpy as np
 import tyro
+from comparison import train
 from config import Config, TrainingOptions
-from data import Data, DataError, DataOptions, load
+from data import DataError, DataOptions, load
 from equilibrium import EquilibriumOptions
-from measure import plt, print_table, progress, Row, save, Settings
-from metrics import means, Metrics
+from measure import plt, print_table, Row, save, Settings
+from metrics import means
 from networks import MDEQOptions
 from optimiser import OptimiserOptions
-from trainer import Trainer
 
 
 MODELS = {
@@ -70,62 +66,6 @@ class MultiscaleSettings(Settings):
                 raise ValueError(f"`{name}` must be positive; got {value}.")
 
 
-def train(
-    settings: MultiscaleSettings, data: Data, name: str, seed: int
-) -> tuple[Row, list[Metrics]]:
-    """Train one of the models from one seed.
-
-    **Arguments:**
-
-    - `settings`: the options.
-    - `data`: the images.
-    - `name`: of the model.
-    - `seed`: of the weights and the batches.
-
-    **Returns:**
-
-    Its row of a table, and the metrics of every step.
-    """
-    config = Config(
-        MODELS[name],
-        equilibrium=settings.equilibrium,
-        optimiser=settings.optimiser,
-        training=TrainingOptions(
-            pretraining_epochs=settings.pretraining_epochs,
-            pretraining_depth=3,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            seed=seed,
-        ),
-    )
-    trainer = Trainer(config, data)
-    plan = trainer.plan
-    state, history = trainer.start(), []
-    compiled, start = trainer.compile_seconds, time.perf_counter()
-    for step in progress(range(plan.total_steps), f"{name}, seed {seed}"):
-        if step == plan.pretraining_steps:
-            jax.block_until_ready(state.step)
-            compiled, start = trainer.compile_seconds, time.perf_counter()
-        state, metrics = trainer.train_step(state, step)
-        history.append(metrics)
-    jax.block_until_ready(state.step)
-    seconds = time.perf_counter() - start - (trainer.compile_seconds - compiled)
-    found = trainer.test(state)
-    weights = jtu.tree_leaves(eqx.filter(state.network, eqx.is_inexact_array))
-    return {
-        "model": name,
-        "seed": seed,
-        "parameters": sum(leaf.size for leaf in weights),
-        "accuracy (%)": 100 * found["accuracy"],
-        "evaluations": found["evaluations"],
-        "residual": found["residual"],
-        "spectral radius": found["spectral_radius_mean"],
-        "training step (ms)": 1e3
-        * seconds
-        / (plan.total_steps - plan.pretraining_steps),
-    }, history
-
-
 def over_seeds(rows: list[Row]) -> Row:
     """The means of the rows of a model, and how far its accuracies are apart."""
     accuracies = [row["accuracy (%)"] for row in rows]
@@ -167,10 +107,23 @@ def main() -> None:
     rows, histories = [], {}
     for seed in range(settings.seeds):
         for name in MODELS:
-            row, history = train(settings, data, name, seed)
-            rows.append(row)
+            config = Config(
+                MODELS[name],
+                equilibrium=settings.equilibrium,
+                optimiser=settings.optimiser,
+                training=TrainingOptions(
+                    pretraining_epochs=settings.pretraining_epochs,
+                    pretraining_depth=3,
+                    epochs=settings.epochs,
+                    batch_size=settings.batch_size,
+                    seed=seed,
+                ),
+            )
+            row, found, history = train(config, data, name)
+            accuracy = 100 * found["accuracy"]
+            rows.append({**row, "seed": seed, "accuracy (%)": accuracy})
             histories.setdefault(name, []).append(history)
-            print_table(f"{name}, seed {seed}", [row])
+            print_table(f"{name}, seed {seed}", rows[-1:])
     summaries = [
         over_seeds([row for row in rows if row["model"] == name]) for name in MODELS
     ]

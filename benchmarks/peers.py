@@ -43,28 +43,11 @@ from measure import (
 )
 from methods import bare_loop_program, verdict
 from peer_worker import LIBRARIES
-from problems import (
-    dense_tanh,
-    linear,
-    Problem,
-    Reference,
-    reference,
-    residuals,
-    resnet,
-    tutorial,
-)
+from problems import Problem, PROBLEMS, Reference, reference, residuals
 
 
 WORKER = pathlib.Path(__file__).parent / "peer_worker.py"
 
-PROBLEMS: dict[str, Callable[[Settings], Problem]] = {
-    "dense-0.9": lambda _: dense_tanh(0.9),
-    "dense-0.99": lambda _: dense_tanh(0.99),
-    "dense-1024": lambda _: dense_tanh(0.9, size=1024),
-    "resnet": lambda _: resnet(),
-    "trained": lambda settings: tutorial(settings.output_dir / "trained_cell.npz"),
-    "lin": lambda _: linear(0.95, batch=128),
-}
 OURS = "implicitnets"
 TIME = "solve + gradient (ms)"
 # Of algorithm against algorithm, how many times ours a library's has to take; Anderson
@@ -97,7 +80,10 @@ class Config(Settings):
     """The interpreters of libraries, as `banax=/path/to/python`."""
     libraries: tuple[str, ...] = tuple(LIBRARIES)
     """Which libraries to time."""
-    problems: tuple[str, ...] = tuple(PROBLEMS)
+    problems: tuple[str, ...] = (
+        *("dense-0.9", "dense-0.99", "dense-1024"),
+        *("resnet", "trained", "lin"),
+    )
     """Which problems to solve."""
     limit: float = 60.0
     """Seconds that a method may take for its first result, or for a timed call."""
@@ -355,7 +341,7 @@ def main() -> None:
     config = tyro.cli(Config)
     rows, lines = [], []
     for name in config.problems:
-        problem = PROBLEMS[name](config)
+        problem = PROBLEMS[name](config.output_dir)
         with tempfile.TemporaryDirectory() as folder:
             new_rows = compare(config, problem, pathlib.Path(folder))
         shown = ("problem", "versions")

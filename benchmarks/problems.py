@@ -6,6 +6,7 @@ Only NumPy is imported with the module, so that a peer without JAX can load a pr
 import dataclasses
 import functools as ft
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -166,6 +167,20 @@ def tutorial(cache: pathlib.Path, num_images: int = 128) -> Problem:
     cache.parent.mkdir(parents=True, exist_ok=True)
     problem.save(cache)
     return problem
+
+
+# By name, given the folder in which the trained weights are kept.
+PROBLEMS: dict[str, Callable[[pathlib.Path], Problem]] = {
+    "dense-0.5": lambda _: dense_tanh(0.5),
+    "dense-0.9": lambda _: dense_tanh(0.9),
+    "dense-0.99": lambda _: dense_tanh(0.99),
+    "dense-1024": lambda _: dense_tanh(0.9, size=1024),
+    # Few examples, since an implicit ODE solver may go on for all of its steps.
+    "dense-1.2": lambda _: dense_tanh(1.2, batch=8),
+    "resnet": lambda _: resnet(),
+    "trained": lambda folder: tutorial(folder / "trained_cell.npz"),
+    "lin": lambda _: linear(0.95, batch=128),
+}
 
 
 def jax_cell(kind: Kind) -> Any:

@@ -35,29 +35,11 @@ from methods import (
     prepare,
     time_rows,
 )
-from problems import (
-    dense_tanh,
-    jax_cell,
-    linear,
-    Problem,
-    reference,
-    resnet,
-    tutorial,
-)
+from problems import dense_tanh, jax_cell, linear, Problem, PROBLEMS, reference
 
 import implicitnets as inn
 
 
-PROBLEMS: dict[str, Callable[[Settings], Problem]] = {
-    "dense-0.5": lambda _: dense_tanh(0.5),
-    "dense-0.9": lambda _: dense_tanh(0.9),
-    "dense-0.99": lambda _: dense_tanh(0.99),
-    # Few examples, since an implicit ODE solver may go on for all of its steps.
-    "dense-1.2": lambda _: dense_tanh(1.2, batch=8),
-    "resnet": lambda _: resnet(),
-    "trained": lambda settings: tutorial(settings.output_dir / "trained_cell.npz"),
-    "lin": lambda _: linear(0.95, batch=128),
-}
 # A random network that expands has many equilibria, so no reference.
 EXPANSIVE = ("dense-1.2",)
 # The solvers whose residuals are drawn: those that tell what they cost.
@@ -78,13 +60,16 @@ CHEAP = ("tanh", "linear")
 class Config(Settings):
     """Compare the solvers of the library."""
 
-    problems: tuple[str, ...] = tuple(PROBLEMS)
+    problems: tuple[str, ...] = (
+        *("dense-0.5", "dense-0.9", "dense-0.99", "dense-1.2"),
+        *("resnet", "trained", "lin"),
+    )
     """Which problems to solve."""
 
 
 def compare(config: Config, name: str) -> list[Row]:
     """Every solver on one problem."""
-    problem = PROBLEMS[name](config)
+    problem = PROBLEMS[name](config.output_dir)
     ref = None if name in EXPANSIVE else reference(problem)
     norm = 1.0 if ref is None else float(ref.norms.min())
     methods = discrete_methods(problem, norm) + continuous_methods(problem)
@@ -237,7 +222,7 @@ def traces(config: Config) -> Figure:
         1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False
     )
     for axis, name in zip(axes.flat, names, strict=True):
-        problem = PROBLEMS[name](config)
+        problem = PROBLEMS[name](config.output_dir)
         methods = discrete_methods(problem, 1e-6) + continuous_methods(problem)
         for method in (method for method in methods if method.name in TRACED):
             axis.semilogy(*trace(problem, method.solver), label=method.name)

@@ -1,5 +1,8 @@
 """Every adjoint with every solver, in every transformation, and what is special."""
 
+import functools as ft
+from typing import NamedTuple
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -53,6 +56,24 @@ REVERSE_MODE_ONLY = {"reversible", "unrolled"}
 NOT_IN_HALF_PRECISION = {"newton", "chord", "fixed_point_iteration", "optx_implicit"}
 
 
+class Tolerances(NamedTuple):
+    """Of the value, absolute, and of the two derivatives, relative."""
+
+    value: float
+    gradient: float
+    second: float
+
+    @classmethod
+    def of(cls, name, solver_name, dtype):
+        if dtype is not None:
+            return cls(0.05, 0.3 if name == "unrolled" else 0.1, 0.3)
+        value, second = tolerance(1e-4, 1e-10), tolerance(2e-3, 1e-6)
+        # The derivative of an iterate comes later to rest than the iterate.
+        if name == "unrolled":
+            return cls(value, tolerance(1e-2, 1e-5), second)
+        return cls(value, tolerance(1e-4, 1e-9), second)
+
+
 def cell(z, args):
     weight, x = args
     return jnp.tanh(weight @ z + x)
@@ -100,69 +121,71 @@ def loss(weight, x, adjoint, solver):
     return jnp.sum(LOSS_WEIGHTS.astype(x.dtype) * sol.value)
 
 
+def derivatives(adjoint, solver, forward_mode, weight, xs):
+    """`vmap` of `grad`; forward mode of that, so the second order; `grad` of `vmap`."""
+
+    def value_and_grad(weight, x):
+        return jax.value_and_grad(loss, argnums=(0, 1))(weight, x, adjoint, solver)
+
+    def of_example(x):
+        if not forward_mode:
+            return value_and_grad(weight, x), None
+        tangents = jnp.ones_like(weight), jnp.ones_like(x)
+        return jax.jvp(value_and_grad, (weight, x), tangents)
+
+    def total(weight, xs):
+        return jnp.sum(jax.vmap(lambda x: loss(weight, x, adjoint, solver))(xs))
+
+    return jax.vmap(of_example)(xs), jax.grad(total, argnums=(0, 1))(weight, xs)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    # The precision of the suite, and half of one.
+    (None, pytest.param(jnp.bfloat16, marks=pytest.mark.one_precision)),
+    ids=("full", "half"),
+)
 @pytest.mark.parametrize("solver_name", SOLVERS)
 @pytest.mark.parametrize("name", ADJOINTS)
-def test_every_adjoint_with_every_solver(name, solver_name):
-    """`vmap` of `grad`, forward mode and second order; `grad` of `vmap` in bfloat16.
-
-    All that exists of it, in one program; it is compiling that takes the time.
-    """
-    adjoint, solver = ADJOINTS[name], SOLVERS[solver_name](TOL)
+def test_every_adjoint_with_every_solver(name, solver_name, dtype):
+    """All that exists of it in one program, as it is compiling that takes the time."""
+    adjoint, solver = (
+        ADJOINTS[name],
+        SOLVERS[solver_name](TOL if dtype is None else 0.02),
+    )
     if SOLVER_OF_ITS_OWN.get(name, solver_name) != solver_name:
         with pytest.raises(TypeError, match=f"{type(solver).__name__}"):
             jax.eval_shape(lambda x: loss(WEIGHT, x, adjoint, solver), XS[0])
         return
+    if dtype is not None and {name, solver_name} & NOT_IN_HALF_PRECISION:
+        pytest.skip("It does not exist.")
     forward_mode = name not in REVERSE_MODE_ONLY
-    half_precision = not {name, solver_name} & NOT_IN_HALF_PRECISION
-    # Through a least-squares problem with that few digits, a derivative has none.
-    half_precision &= (name, solver_name) != ("unrolled", "anderson")
-
-    @jax.jit
-    def program(weight, xs):
-        def value_and_grad(weight, x):
-            both = jax.value_and_grad(loss, argnums=(0, 1))
-            return both(weight, x, adjoint, solver)
-
-        def of_example(x):
-            if not forward_mode:
-                return value_and_grad(weight, x), None
-            tangents = jnp.ones_like(weight), jnp.ones_like(x)
-            return jax.jvp(value_and_grad, (weight, x), tangents)
-
-        def total(weight, xs):
-            return jnp.sum(jax.vmap(lambda x: loss(weight, x, adjoint, coarse))(xs))
-
-        coarse, inputs = solver, (weight, xs)
-        if half_precision:
-            coarse = SOLVERS[solver_name](0.02)
-            inputs = jtu.tree_map(lambda a: a.astype(jnp.bfloat16), inputs)
-        return jax.vmap(of_example)(xs), jax.grad(total, argnums=(0, 1))(*inputs)
-
-    ((values, grads), tangents), (total_weight, grad_xs) = program(WEIGHT, XS)
+    program = jax.jit(ft.partial(derivatives, adjoint, solver, forward_mode))
+    inputs = jtu.tree_map(lambda a: a.astype(dtype or a.dtype), (WEIGHT, XS))
+    ((values, grads), tangents), (total_weight, grad_xs) = program(*inputs)
+    for out in jtu.tree_leaves((values, grads, tangents, total_weight, grad_xs)):
+        assert out.dtype == inputs[0].dtype
     num_terms = 1 if name == "jacobian_free" else MANY
-    # The derivative of an iterate comes later to rest than the iterate.
-    tol = tolerance(1e-4, 1e-9) if name != "unrolled" else tolerance(1e-2, 1e-5)
+    tols = Tolerances.of(name, solver_name, dtype)
     expected = [series_gradient(WEIGHT, x, num_terms) for x in XS]
     for i, x in enumerate(XS):
         root = equilibrium(WEIGHT, x)
         exact = np.sum(np.asarray(LOSS_WEIGHTS, float) * root)
-        assert np.allclose(values[i], exact, atol=tolerance(1e-4, 1e-10))
+        assert np.allclose(values[i], exact, rtol=0, atol=tols.value)
         got = jtu.tree_map(lambda g, i=i: g[i], grads)
-        assert relative_error(got, expected[i]) < tol
+        assert relative_error(got, expected[i]) < tols.gradient
         if forward_mode:
             tangent, second = jtu.tree_map(lambda g, i=i: g[i], tangents)
             along = np.sum(expected[i][0]) + np.sum(expected[i][1])
-            assert np.allclose(tangent, along, rtol=tol, atol=tol)
+            assert np.allclose(tangent, along, rtol=tols.gradient, atol=tols.gradient)
             root = root if name == "jacobian_free" else None
             wanted = series_second_derivative(
                 np.asarray(WEIGHT, float), np.asarray(x, float), num_terms, root
             )
-            assert relative_error(second, wanted) < tolerance(2e-3, 1e-6)
-    assert half_precision == (grad_xs.dtype == total_weight.dtype == jnp.bfloat16)
-    if half_precision:
-        tol = 0.1 if forward_mode else 0.3
-    assert relative_error(total_weight, sum(g for g, _ in expected)) < tol
-    assert relative_error(grad_xs, np.stack([g for _, g in expected])) < tol
+            assert relative_error(second, wanted) < tols.second
+    assert relative_error(total_weight, sum(g for g, _ in expected)) < tols.gradient
+    grad_xs_error = relative_error(grad_xs, np.stack([g for _, g in expected]))
+    assert grad_xs_error < tols.gradient
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,25 @@ def test_line_search_knows_where_it_came_from():
     assert np.allclose(zs[10] - 4.0**-9 * zs[1], start, rtol=1e-2)
 
 
+def test_line_search_after_a_step_that_overflows():
+    """On to where plain iteration leads, since no fraction of the step is finite."""
+    big, eps = tolerance(1e15, 1e140), float(jnp.finfo(jnp.result_type(float)).eps)
+
+    def fn(z, _):
+        # Nearly level, whence the overflow; and with a root where that leads.
+        level = jnp.where(z < 0.5 * big, big, (1 + 4 * eps) * big)
+        residual = jnp.where(z < 1.5 * big, level, 0)
+        return z + jnp.where(z < -big, jnp.nan, residual)
+
+    solver, start = Broyden(0.0, 1e-3), jnp.zeros(1)
+    zs, _ = trajectory(fn, solver, start, None, num_steps=3)
+    assert zs[2] ** 2 == jnp.inf
+    sol = solve(fn, solver, start)
+    assert sol.result == optx.RESULTS.successful
+    assert sol.stats["num_rejected_steps"] == 1
+    assert np.allclose(sol.value, 2 * big, rtol=1e-3)
+
+
 def test_divergence_and_stagnation():
     args = make_matrix(20, 30.0), make_vector(20)
     solver = Broyden(1e-6, 0.0, history_size=1, line_search=False)

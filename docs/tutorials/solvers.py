@@ -174,6 +174,7 @@ for name in ("Broyden", "Newton-Krylov", "VCABM3"):
 #   evaluations, and few of them.
 # * `inn.Broyden` builds an inverse Jacobian, which `inn.ShineAdjoint` uses, and tells
 #   when it stagnates.
-# * `inn.NewtonKrylov` for high accuracy, and for maps that expand.
+# * `inn.NewtonKrylov` for high accuracy: close to the equilibrium it converges faster
+#   than at any rate.
 # * ODE solvers for cells that are stable as a flow and not as an iteration: with
 #   eigenvalues far to the left, where plain iteration diverges.

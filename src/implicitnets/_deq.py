@@ -16,7 +16,7 @@ from ._adjoint.implicit import ImplicitAdjoint
 from ._adjoint.report import AdjointReport, with_probe
 from ._cell import call_cell, cell_residual, check_state
 from ._misc import (
-    check_hyperparameter,
+    check_number,
     keyword,
     tree_all_finite,
     tree_astype,
@@ -98,13 +98,9 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         """
 
     def __check_init__(self):
-        # Tracers and placeholders pass, as when a transformation rebuilds the layer.
-        if isinstance(self.max_steps, int):
-            check_hyperparameter(self, "max_steps", self.max_steps >= 1, "at least 1")
-        if isinstance(self.fixed_depth, int):
-            check_hyperparameter(
-                self, "fixed_depth", self.fixed_depth >= 0, "at least 0"
-            )
+        # Placeholders pass too, as when a transformation rebuilds the layer.
+        check_number(self, "max_steps", lambda x: x >= 1, "at least 1")
+        check_number(self, "fixed_depth", lambda x: x >= 0, "at least 0")
 
     def __call__(
         self,

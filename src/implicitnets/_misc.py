@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -170,6 +171,45 @@ def check_hyperparameter(owner: Any, name: str, valid: bool, allowed: str) -> No
         )
 
 
+def check_integer(owner: Any, name: str, least: int) -> None:
+    """Check a field that is to be an integer.
+
+    **Arguments:**
+
+    - `owner`: the module with the field.
+    - `name`: the field's name.
+    - `least`: the least integer that is allowed.
+
+    **Raises:**
+
+    `ValueError` if it is not an integer or less than that.
+    """
+    value = getattr(owner, name)
+    valid = isinstance(value, int) and value >= least
+    check_hyperparameter(owner, name, valid, f"an integer of at least {least}")
+
+
+def check_number(
+    owner: Any, name: str, is_valid: Callable[[float], bool], allowed: str
+) -> None:
+    """Check a field that is to be a number; one that is traced passes unchecked.
+
+    **Arguments:**
+
+    - `owner`: the module with the field.
+    - `name`: the field's name.
+    - `is_valid`: whether a value is allowed.
+    - `allowed`: what is, in words.
+
+    **Raises:**
+
+    `ValueError` if the value is not allowed.
+    """
+    value = getattr(owner, name)
+    if isinstance(value, int | float):
+        check_hyperparameter(owner, name, is_valid(value), allowed)
+
+
 def check_argument(name: str, value: Any, valid: bool, allowed: str) -> None:
     """Raise a `ValueError` that names a function's argument and what is allowed.
 
@@ -221,6 +261,4 @@ def check_tolerances(owner: Any) -> None:
     `ValueError` if one is negative.
     """
     for name in ("rtol", "atol"):
-        value = getattr(owner, name)
-        if isinstance(value, int | float):
-            check_hyperparameter(owner, name, value >= 0, "non-negative")
+        check_number(owner, name, lambda x: x >= 0, "non-negative")

@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, ScalarLike
 
 from ._cell import cell_residual, check_state
 from ._misc import (
-    check_hyperparameter,
+    check_number,
     keyword,
     tree_all_finite,
     tree_astype,
@@ -69,12 +69,9 @@ class AbstractNeuralODE(eqx.Module):
         """
 
     def __check_init__(self):
-        if isinstance(self.t1, int | float):
-            check_hyperparameter(self, "t1", self.t1 > 0, "positive")
-        if isinstance(self.dt0, int | float):
-            check_hyperparameter(self, "dt0", self.dt0 > 0, "positive")
-        if isinstance(self.max_steps, int):
-            check_hyperparameter(self, "max_steps", self.max_steps >= 1, "at least 1")
+        check_number(self, "t1", lambda x: x > 0, "positive")
+        check_number(self, "dt0", lambda x: x > 0, "positive")
+        check_number(self, "max_steps", lambda x: x >= 1, "at least 1")
 
     def __call__(
         self,

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -85,14 +84,7 @@ class ImplicitAdjoint(AbstractReportingAdjoint):
     fallback: lx.AbstractLinearSolver | None = None
     probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree[Array]:
-        """As `optimistix.AbstractAdjoint.apply`."""
+    def apply(self, primal_fn, rewrite_fn, inputs, tags):
         inversion = _Inversion(self.linear_solver, self.fallback)
         return differentiate_root(
             primal_fn, rewrite_fn, inputs, tags, inversion, self.probe

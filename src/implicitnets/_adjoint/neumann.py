@@ -1,7 +1,5 @@
-from collections.abc import Callable
-
 import equinox as eqx
-from jaxtyping import Array, PyTree, ScalarLike
+from jaxtyping import ScalarLike
 
 from .._linear_solver.neumann import NeumannSeries
 from .implicit import ImplicitAdjoint
@@ -51,13 +49,6 @@ class NeumannAdjoint(AbstractReportingAdjoint):
     def _series(self) -> NeumannSeries:
         return NeumannSeries(self.num_terms, self.damping)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree[Array]:
-        """As `optimistix.AbstractAdjoint.apply`."""
+    def apply(self, primal_fn, rewrite_fn, inputs, tags):
         adjoint = ImplicitAdjoint(self._series(), probe=self.probe)
         return adjoint.apply(primal_fn, rewrite_fn, inputs, tags)

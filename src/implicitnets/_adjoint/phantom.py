@@ -1,12 +1,10 @@
-from collections.abc import Callable
-
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, PyTree, ScalarLike
+from jaxtyping import ScalarLike
 
-from .._misc import check_hyperparameter, working_dtype
+from .._misc import check_integer, check_number, working_dtype
 from .detach import close_aux, detached_solve, substitute
 
 
@@ -48,25 +46,10 @@ class PhantomAdjoint(optx.AbstractAdjoint):
     damping: ScalarLike = 0.0
 
     def __check_init__(self):
-        check_hyperparameter(
-            self,
-            "num_steps",
-            isinstance(self.num_steps, int) and self.num_steps >= 1,
-            "an integer of at least 1",
-        )
-        if isinstance(self.damping, int | float):
-            check_hyperparameter(
-                self, "damping", 0 <= self.damping < 1, "in the interval [0, 1)"
-            )
+        check_integer(self, "num_steps", 1)
+        check_number(self, "damping", lambda x: 0 <= x < 1, "in the interval [0, 1)")
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree[Array]:
-        """As `optimistix.AbstractAdjoint.apply`."""
+    def apply(self, primal_fn, rewrite_fn, inputs, tags):
         del tags
         root, aux = detached_solve(primal_fn, inputs)
         weight = 1 - jnp.asarray(self.damping, working_dtype(root))
@@ -101,12 +84,5 @@ class JacobianFreeAdjoint(optx.AbstractAdjoint):
     **Cost:** one evaluation, and no Jacobian product.
     """
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree[Array]:
-        """As `optimistix.AbstractAdjoint.apply`."""
+    def apply(self, primal_fn, rewrite_fn, inputs, tags):
         return PhantomAdjoint(num_steps=1).apply(primal_fn, rewrite_fn, inputs, tags)

@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
@@ -10,7 +8,7 @@ import optimistix as optx
 from jaxtyping import Array, Int, PyTree, ScalarLike
 
 from .._loop import while_loop
-from .._misc import check_hyperparameter, tree_cast_like, working_dtype
+from .._misc import check_number, tree_cast_like, working_dtype
 from .._observe import observed
 from .._solver.reversible import ReversibleFixedPoint, ReversibleState, start_pair
 from .detach import close_aux, detach, substitute
@@ -77,17 +75,9 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
     probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        if isinstance(self.bound, int | float):
-            check_hyperparameter(self, "bound", self.bound >= 0, "non-negative")
+        check_number(self, "bound", lambda x: x >= 0, "non-negative")
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree[Array]:
-        """As `optimistix.AbstractAdjoint.apply`."""
+    def apply(self, primal_fn, rewrite_fn, inputs, tags):
         fn, solver, y0, args, *rest = inputs
         if not isinstance(observed(solver), ReversibleFixedPoint):
             raise TypeError(

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +8,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from .._linear_solver.gmres import GivensGMRES
-from .._misc import check_hyperparameter
+from .._misc import check_integer
 from .._solver.broyden import Broyden, BroydenState, inverse_jacobian
 from .report import AbstractReportingAdjoint, AdjointReport
 from .root import AbstractInversion, differentiate_root
@@ -70,21 +69,9 @@ class ShineAdjoint(AbstractReportingAdjoint):
     probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        check_hyperparameter(
-            self,
-            "refinement_steps",
-            isinstance(self.refinement_steps, int) and self.refinement_steps >= 0,
-            "an integer of at least 0",
-        )
+        check_integer(self, "refinement_steps", 0)
 
-    def apply(
-        self,
-        primal_fn: Callable,
-        rewrite_fn: Callable,
-        inputs: PyTree,
-        tags: frozenset[object],
-    ) -> PyTree[Array]:
-        """As `optimistix.AbstractAdjoint.apply`."""
+    def apply(self, primal_fn, rewrite_fn, inputs, tags):
         _, solver, *_ = inputs
         if not _find(solver, Broyden):
             raise TypeError(

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from .._loop import while_loop
 from .._misc import (
     check_hyperparameter,
+    check_integer,
     tree_astype,
     tree_cast_like,
     working_dtype,
@@ -60,21 +61,10 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             ),
             "an Optimistix fixed-point solver or root finder",
         )
-        check_hyperparameter(
-            self,
-            "max_steps",
-            self.max_steps is None
-            or (isinstance(self.max_steps, int) and self.max_steps >= 1),
-            "an integer of at least 1, or None",
-        )
+        if self.max_steps is not None:
+            check_integer(self, "max_steps", 1)
 
-    def _solve(
-        self,
-        operator: lx.AbstractLinearOperator,
-        vector: PyTree[Array],
-        options: dict[str, Any],
-    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `AbstractMatrixFreeSolver._solve`."""
+    def _solve(self, operator, vector, options):
         dtype = working_dtype(vector)
 
         b = tree_astype(vector, dtype)

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -18,12 +18,7 @@ from .._history import (
     history_set,
 )
 from .._loop import Unfrozen, while_loop
-from .._misc import (
-    check_hyperparameter,
-    check_tolerances,
-    tree_dot,
-    working_dtype,
-)
+from .._misc import check_integer, check_tolerances, tree_dot, working_dtype
 from .matrix_free import AbstractMatrixFreeSolver
 
 
@@ -89,27 +84,11 @@ class GivensGMRES(AbstractMatrixFreeSolver):
 
     def __check_init__(self):
         check_tolerances(self)
-        check_hyperparameter(
-            self,
-            "max_steps",
-            self.max_steps is None
-            or (isinstance(self.max_steps, int) and self.max_steps >= 1),
-            "an integer of at least 1, or None",
-        )
-        check_hyperparameter(
-            self,
-            "restart",
-            isinstance(self.restart, int) and self.restart >= 1,
-            "an integer of at least 1",
-        )
+        if self.max_steps is not None:
+            check_integer(self, "max_steps", 1)
+        check_integer(self, "restart", 1)
 
-    def _solve(
-        self,
-        operator: lx.AbstractLinearOperator,
-        vector: PyTree[Array],
-        options: dict[str, Any],
-    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `AbstractMatrixFreeSolver._solve`."""
+    def _solve(self, operator, vector, options):
         dtype = working_dtype(vector)
         structure = jax.eval_shape(lambda: vector)
 

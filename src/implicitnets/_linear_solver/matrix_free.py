@@ -38,31 +38,19 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
         The solution, the result and the statistics.
         """
 
-    def init(
-        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> lx.AbstractLinearOperator:
-        """As `lineax.AbstractLinearSolver.init`."""
+    def init(self, operator, options):
         check_options(self, options, *self._options)
         if operator.in_structure() != operator.out_structure():
             name = type(self).__name__
             raise ValueError(f"`{name}` is for square operators only.")
         return lx.linearise(operator)
 
-    def compute(
-        self,
-        state: lx.AbstractLinearOperator,
-        vector: PyTree[Array],
-        options: dict[str, Any],
-    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.compute`."""
+    def compute(self, state, vector, options):
         if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
             raise ValueError(f"`{type(self).__name__}` is for real vectors only.")
         return self._solve(state, vector, options)
 
-    def transpose(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.transpose`."""
+    def transpose(self, state, options):
         new_options = dict(options)
         # A start for one system is none for its transpose.
         new_options.pop("y0", None)
@@ -70,15 +58,11 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
             new_options["preconditioner"] = options["preconditioner"].transpose()
         return state.transpose(), new_options
 
-    def conj(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
-        """As `lineax.AbstractLinearSolver.conj`."""
+    def conj(self, state, options):
         new_options = dict(options)
         if "preconditioner" in options:
             new_options["preconditioner"] = lx.conj(options["preconditioner"])
         return lx.conj(state), new_options
 
-    def assume_full_rank(self) -> bool:
-        """As `lineax.AbstractLinearSolver.assume_full_rank`."""
+    def assume_full_rank(self):
         return True

@@ -1,12 +1,16 @@
-from typing import Any
-
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, PyTree, ScalarLike
+from jaxtyping import ScalarLike
 
-from .._misc import check_hyperparameter, tree_astype, tree_cast_like, working_dtype
+from .._misc import (
+    check_integer,
+    check_number,
+    tree_astype,
+    tree_cast_like,
+    working_dtype,
+)
 from .matrix_free import AbstractMatrixFreeSolver
 
 
@@ -41,24 +45,10 @@ class NeumannSeries(AbstractMatrixFreeSolver):
     damping: ScalarLike = 0.0
 
     def __check_init__(self):
-        check_hyperparameter(
-            self,
-            "num_terms",
-            isinstance(self.num_terms, int) and self.num_terms >= 1,
-            "an integer of at least 1",
-        )
-        if isinstance(self.damping, int | float):
-            check_hyperparameter(
-                self, "damping", 0 <= self.damping < 1, "in the interval [0, 1)"
-            )
+        check_integer(self, "num_terms", 1)
+        check_number(self, "damping", lambda x: 0 <= x < 1, "in the interval [0, 1)")
 
-    def _solve(
-        self,
-        operator: lx.AbstractLinearOperator,
-        vector: PyTree[Array],
-        options: dict[str, Any],
-    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """As `AbstractMatrixFreeSolver._solve`."""
+    def _solve(self, operator, vector, options):
         del options
         dtype = working_dtype(vector)
         weight = 1 - jnp.asarray(self.damping, dtype)

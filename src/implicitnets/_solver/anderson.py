@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar, ScalarLike
 from .._history import empty_history, history_combine, history_dot, history_set
 from .._loop import materialise, Unfrozen
 from .._misc import (
-    check_hyperparameter,
+    check_integer,
+    check_number,
     check_options,
     check_tolerances,
     tree_cast_like,
@@ -135,24 +136,10 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
 
     def __check_init__(self):
         check_tolerances(self)
-        check_hyperparameter(
-            self,
-            "history_size",
-            isinstance(self.history_size, int) and self.history_size >= 1,
-            "an integer of at least 1",
-        )
-        check_hyperparameter(
-            self,
-            "period",
-            isinstance(self.period, int) and self.period >= 1,
-            "an integer of at least 1",
-        )
-        if isinstance(self.ridge, int | float):
-            check_hyperparameter(self, "ridge", self.ridge > 0, "positive")
-        if isinstance(self.damping, int | float):
-            check_hyperparameter(
-                self, "damping", -1 <= self.damping < 1, "in the interval [-1, 1)"
-            )
+        check_integer(self, "history_size", 1)
+        check_integer(self, "period", 1)
+        check_number(self, "ridge", lambda x: x > 0, "positive")
+        check_number(self, "damping", lambda x: -1 <= x < 1, "in the interval [-1, 1)")
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, f_struct, aux_struct, tags

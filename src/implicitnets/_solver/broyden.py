@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -19,6 +18,7 @@ from .._history import (
 from .._loop import Unfrozen
 from .._misc import (
     check_hyperparameter,
+    check_integer,
     check_options,
     check_tolerances,
     tree_dot,
@@ -264,26 +264,14 @@ class Broyden(optx.AbstractRootFinder):
 
     def __check_init__(self):
         check_tolerances(self)
-        for name in ("history_size", "patience"):
-            value = getattr(self, name)
-            valid = isinstance(value, int) and value >= 1
-            check_hyperparameter(self, name, valid, "an integer of at least 1")
+        check_integer(self, "history_size", 1)
+        check_integer(self, "patience", 1)
         valid = self.good_update is None or isinstance(self.good_update, bool)
         check_hyperparameter(self, "good_update", valid, "True, False or None")
         valid = isinstance(self.line_search, bool)
         check_hyperparameter(self, "line_search", valid, "True or False")
 
-    def init(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        f_struct: PyTree[jax.ShapeDtypeStruct],
-        aux_struct: PyTree[jax.ShapeDtypeStruct],
-        tags: frozenset[object],
-    ) -> BroydenState:
-        """As `optimistix.AbstractIterativeSolver.init`."""
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, aux_struct, tags
         check_options(self, options)
         if _shapes(f_struct) != _shapes(y):
@@ -315,16 +303,7 @@ class Broyden(optx.AbstractRootFinder):
             memory=Unfrozen(memory),
         )
 
-    def step(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        state: BroydenState,
-        tags: frozenset[object],
-    ) -> tuple[PyTree[Array], BroydenState, Any]:
-        """As `optimistix.AbstractIterativeSolver.step`."""
+    def step(self, fn, y, args, options, state, tags):
         del options, tags
         residual, aux = fn(y, args)
         dtype = working_dtype(y)
@@ -485,16 +464,7 @@ class Broyden(optx.AbstractRootFinder):
         )
         return new_memory, direction
 
-    def terminate(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        state: BroydenState,
-        tags: frozenset[object],
-    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        """As `optimistix.AbstractIterativeSolver.terminate`."""
+    def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags
         return self._verdict(state)
 
@@ -509,18 +479,7 @@ class Broyden(optx.AbstractRootFinder):
         )
         return done, result
 
-    def postprocess(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        aux: Any,
-        args: PyTree,
-        options: dict[str, Any],
-        state: BroydenState,
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[PyTree[Array], Any, dict[str, Any]]:
-        """As `optimistix.AbstractIterativeSolver.postprocess`."""
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
         del fn, y, args, options, tags, result
         stats = {
             "nfe": state.progress.num_evaluations,

@@ -13,6 +13,7 @@ from .._linear_solver.gmres import GivensGMRES
 from .._loop import Unfrozen
 from .._misc import (
     check_hyperparameter,
+    check_number,
     check_options,
     check_tolerances,
     tree_all_finite,
@@ -99,22 +100,9 @@ class NewtonKrylov(optx.AbstractRootFinder):
             isinstance(self.linear_solver, lx.AbstractLinearSolver),
             "a Lineax solver",
         )
-        if isinstance(self.forcing, int | float):
-            check_hyperparameter(
-                self, "forcing", 0 < self.forcing < 1, "in the interval (0, 1)"
-            )
+        check_number(self, "forcing", lambda x: 0 < x < 1, "in the interval (0, 1)")
 
-    def init(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        f_struct: PyTree[jax.ShapeDtypeStruct],
-        aux_struct: PyTree[jax.ShapeDtypeStruct],
-        tags: frozenset[object],
-    ) -> _NewtonKrylovState:
-        """As `optimistix.AbstractIterativeSolver.init`."""
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, aux_struct, tags
         check_options(self, options)
         if jax.eval_shape(lambda: y) != f_struct:
@@ -137,16 +125,7 @@ class NewtonKrylov(optx.AbstractRootFinder):
             direction=Unfrozen(jtu.tree_map(jnp.zeros_like, y)),
         )
 
-    def step(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        state: _NewtonKrylovState,
-        tags: frozenset[object],
-    ) -> tuple[PyTree[Array], _NewtonKrylovState, Any]:
-        """As `optimistix.AbstractIterativeSolver.step`."""
+    def step(self, fn, y, args, options, state, tags):
         del options
         residual, jacobian, aux = jax.linearize(lambda z: fn(z, args), y, has_aux=True)
         f = jtu.tree_map(jnp.add, y, residual)
@@ -230,16 +209,7 @@ class NewtonKrylov(optx.AbstractRootFinder):
         shrinkage = jnp.clip(shrinkage, _MOST_SHRINKAGE, _LEAST_SHRINKAGE)
         return jnp.where(progress.finite, shrinkage, _MOST_SHRINKAGE)
 
-    def terminate(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        state: _NewtonKrylovState,
-        tags: frozenset[object],
-    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        """As `optimistix.AbstractIterativeSolver.terminate`."""
+    def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags
         converged = state.progress.converged & state.progress.finite
         stagnation: Any = optx.RESULTS.stagnation  # typed as Lineax', whence it comes
@@ -256,18 +226,7 @@ class NewtonKrylov(optx.AbstractRootFinder):
         )
         return converged, result
 
-    def postprocess(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        aux: Any,
-        args: PyTree,
-        options: dict[str, Any],
-        state: _NewtonKrylovState,
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[PyTree[Array], Any, dict[str, Any]]:
-        """As `optimistix.AbstractIterativeSolver.postprocess`."""
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
         del fn, y, args, options, tags, result
         stats = {
             "nfe": state.progress.num_evaluations,

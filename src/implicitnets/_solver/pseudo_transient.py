@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
-from .._misc import check_hyperparameter
+from .._misc import check_number
 
 
 class PseudoTransient(dfx.AbstractStepSizeController):
@@ -79,15 +79,9 @@ class PseudoTransient(dfx.AbstractStepSizeController):
     norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
 
     def __check_init__(self):
-        bounds = {
-            "safety": (lambda x: x > 0, "positive"),
-            "factormin": (lambda x: 0 < x < 1, "between 0 and 1"),
-            "factormax": (lambda x: x > 1, "larger than 1"),
-        }
-        for name, (is_valid, allowed) in bounds.items():
-            value = getattr(self, name)
-            if isinstance(value, int | float):
-                check_hyperparameter(self, name, is_valid(value), allowed)
+        check_number(self, "safety", lambda x: x > 0, "positive")
+        check_number(self, "factormin", lambda x: 0 < x < 1, "between 0 and 1")
+        check_number(self, "factormax", lambda x: x > 1, "larger than 1")
 
     def wrap(self, direction):
         del direction

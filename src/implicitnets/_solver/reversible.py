@@ -1,15 +1,13 @@
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
 from .._misc import (
-    check_hyperparameter,
+    check_number,
     check_options,
     check_tolerances,
     tree_astype,
@@ -77,22 +75,9 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
 
     def __check_init__(self):
         check_tolerances(self)
-        if isinstance(self.damping, int | float):
-            check_hyperparameter(
-                self, "damping", 0 < self.damping < 1, "in the interval (0, 1)"
-            )
+        check_number(self, "damping", lambda x: 0 < x < 1, "in the interval (0, 1)")
 
-    def init(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        f_struct: PyTree[jax.ShapeDtypeStruct],
-        aux_struct: PyTree[jax.ShapeDtypeStruct],
-        tags: frozenset[object],
-    ) -> ReversibleState:
-        """As `optimistix.AbstractIterativeSolver.init`."""
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, f_struct, aux_struct, tags
         check_options(self, options)
         pair = start_pair(y)
@@ -100,16 +85,7 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
             pair=pair, progress=start_progress(pair), num_best_steps=jnp.array(0)
         )
 
-    def step(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        state: ReversibleState,
-        tags: frozenset[object],
-    ) -> tuple[PyTree[Array], ReversibleState, Any]:
-        """As `optimistix.AbstractIterativeSolver.step`."""
+    def step(self, fn, y, args, options, state, tags):
         del options, tags
         old = state.pair
 
@@ -177,31 +153,11 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
 
         return jtu.tree_map(leaf, new, f)
 
-    def terminate(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        state: ReversibleState,
-        tags: frozenset[object],
-    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        """As `optimistix.AbstractIterativeSolver.terminate`."""
+    def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags
         return state.progress.verdict()
 
-    def postprocess(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        aux: Any,
-        args: PyTree,
-        options: dict[str, Any],
-        state: ReversibleState,
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[PyTree[Array], Any, dict[str, Any]]:
-        """As `optimistix.AbstractIterativeSolver.postprocess`."""
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
         del fn, args, options, tags, result
         best_y = tree_cast_like(state.progress.best_y.y, y)
         return best_y, aux, {"nfe": 2 * state.progress.num_evaluations}

@@ -15,7 +15,7 @@ from .._convolution import fast_convolutions
 from .._krylov import leading_eigenvector, starting_vector
 from .._loop import materialise, Unfrozen
 from .._misc import (
-    check_hyperparameter,
+    check_number,
     check_options,
     check_tolerances,
     tree_astype,
@@ -323,8 +323,7 @@ class PeacemanRachford(optx.AbstractFixedPointSolver):
 
 def _check(solver):
     check_tolerances(solver)
-    if isinstance(solver.step_size, int | float):
-        check_hyperparameter(solver, "step_size", solver.step_size > 0, "positive")
+    check_number(solver, "step_size", lambda x: x > 0, "positive")
 
 
 def _cell_and_input(solver, args):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 from .._loop import Unfrozen
 from .._misc import (
     check_hyperparameter,
+    check_number,
     check_options,
     check_tolerances,
     tree_all_finite,
@@ -113,8 +114,7 @@ class SteadyState(optx.AbstractRootFinder):
 
     def __check_init__(self):
         check_tolerances(self)
-        if isinstance(self.dt0, int | float):
-            check_hyperparameter(self, "dt0", self.dt0 > 0, "positive")
+        check_number(self, "dt0", lambda x: x > 0, "positive")
         structure = getattr(self.ode_solver, "term_structure", None)
         structure = get_origin(structure) or structure
         check_hyperparameter(

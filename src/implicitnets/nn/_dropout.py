@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray, ScalarLike
 
-from .._misc import check_hyperparameter, working_dtype
+from .._misc import check_number, working_dtype
 
 
 class VariationalDropout(eqx.Module):
@@ -44,8 +44,7 @@ class VariationalDropout(eqx.Module):
     inference: bool = False
 
     def __check_init__(self):
-        if isinstance(self.p, int | float):
-            check_hyperparameter(self, "p", 0 <= self.p < 1, "in the interval [0, 1)")
+        check_number(self, "p", lambda x: 0 <= x < 1, "in the interval [0, 1)")
 
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """Drop entries of an array.

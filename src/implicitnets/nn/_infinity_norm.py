@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ScalarLike
 
-from .._misc import check_hyperparameter, working_dtype
+from .._misc import check_number, working_dtype
 from .._parametrise import (
     AbstractParametrisation,
     Filter,
@@ -46,8 +46,7 @@ class InfinityNorm(AbstractParametrisation):
     bound: ScalarLike = 1.0
 
     def __check_init__(self):
-        if isinstance(self.bound, int | float):
-            check_hyperparameter(self, "bound", self.bound > 0, "positive")
+        check_number(self, "bound", lambda x: x > 0, "positive")
 
     def value(self) -> Array:
         """As [`implicitnets.nn.AbstractParametrisation`][]."""

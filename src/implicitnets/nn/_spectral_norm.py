@@ -10,7 +10,7 @@ from jaxtyping import Array, ScalarLike
 
 from .._convolution import fast_convolutions
 from .._krylov import leading_eigenvector, starting_vector
-from .._misc import check_hyperparameter, working_dtype
+from .._misc import check_integer, check_number, working_dtype
 from .._parametrise import (
     AbstractParametrisation,
     Filter,
@@ -59,14 +59,8 @@ class SpectralNorm(AbstractParametrisation):
     in_shape: tuple[int, ...] | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
-        if isinstance(self.bound, int | float):
-            check_hyperparameter(self, "bound", self.bound > 0, "positive")
-        check_hyperparameter(
-            self,
-            "num_steps",
-            isinstance(self.num_steps, int) and self.num_steps >= 1,
-            "an integer of at least 1",
-        )
+        check_number(self, "bound", lambda x: x > 0, "positive")
+        check_integer(self, "num_steps", 1)
 
     def value(self) -> Array:
         """As [`implicitnets.nn.AbstractParametrisation`][]."""

@@ -1,0 +1,56 @@
+"""Train models for as many steps of the same batches, to compare them."""
+
+import time
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+from config import Config
+from data import Data
+from measure import progress, Row
+from metrics import Metrics
+from trainer import Trainer
+
+
+def train(
+    config: Config, data: Data, name: str
+) -> tuple[Row, dict[str, float], list[Metrics]]:
+    """Train a model and test it.
+
+    **Arguments:**
+
+    - `config`: the model, and how to train it.
+    - `data`: what to train and test on.
+    - `name`: of the model.
+
+    **Returns:**
+
+    Its row of a table, in which the time of a step is without compilation, and that of
+    the steps after the pretraining if there are any; what the test found; and the
+    metrics of every step.
+    """
+    trainer = Trainer(config, data)
+    plan = trainer.plan
+    first_timed = plan.pretraining_steps % plan.total_steps
+    state, history, compiled, start = trainer.start(), [], 0.0, 0.0
+    for step in progress(range(plan.total_steps), name):
+        if step == first_timed:
+            jax.block_until_ready(state.step)
+            compiled, start = trainer.compile_seconds, time.perf_counter()
+        state, metrics = trainer.train_step(state, step)
+        history.append(metrics)
+    jax.block_until_ready(state.step)
+    seconds = time.perf_counter() - start - (trainer.compile_seconds - compiled)
+    found = trainer.test(state)
+    weights = jtu.tree_leaves(eqx.filter(state.network, eqx.is_inexact_array))
+    memory = trainer.training_memory(state.network.layer.fixed_depth)
+    row = {
+        "model": name,
+        "parameters": sum(leaf.size for leaf in weights),
+        "evaluations": found["evaluations"],
+        "residual": found["residual"],
+        "spectral radius": found["spectral_radius_mean"],
+        "training step (ms)": 1e3 * seconds / (plan.total_steps - first_timed),
+        "training memory (MB)": 1e-6 * memory,
+    }
+    return row, found, history
