@@ -10,7 +10,9 @@ from typing import Any, Literal
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from measure import promise_figure, Row, without_value
 
 
@@ -110,6 +112,15 @@ def fastest(rows: list[Row], column: str) -> Row:
     )
 
 
+def plain_ticks(axis: Axis) -> None:
+    """Numbers and not powers of ten on a logarithmic axis, and enough of them."""
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high < 300 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def dots(
     rows: list[Row], label: tuple[str, ...], series: str, value: str, unit: str
 ) -> Figure:
@@ -126,6 +137,7 @@ def dots(
         ]
         axis.plot(*np.reshape(points, (-1, 2)).T, marker, label=key, alpha=0.8)
     axis.set(xscale="log", xlabel=unit, ylim=(len(names) - 0.5, -0.5))
+    plain_ticks(axis.xaxis)
     axis.set_yticks(range(len(names)), names)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3)
@@ -160,6 +172,8 @@ def lines(axis: Axes, x: str, curves: Mapping[str, list[tuple[float, float]]]) -
     """Curves on logarithmic axes."""
     for marker, (name, points) in zip(MARKERS, curves.items(), strict=False):
         axis.loglog(*np.reshape(points, (-1, 2)).T, marker=marker, label=name)
+    plain_ticks(axis.xaxis)
+    plain_ticks(axis.yaxis)
     axis.set(xlabel=x)
     axis.grid(alpha=0.3)
 
