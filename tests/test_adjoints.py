@@ -64,9 +64,9 @@ class Tolerances(NamedTuple):
     second: float
 
     @classmethod
-    def of(cls, name, solver_name, dtype):
+    def of(cls, name, dtype):
         if dtype is not None:
-            return cls(0.05, 0.3 if name == "unrolled" else 0.1, 0.3)
+            return cls(0.05, 0.3 if name in REVERSE_MODE_ONLY else 0.1, 0.3)
         value, second = tolerance(1e-4, 1e-10), tolerance(2e-3, 1e-6)
         # The derivative of an iterate comes later to rest than the iterate.
         if name == "unrolled":
@@ -157,8 +157,13 @@ def test_every_adjoint_with_every_solver(name, solver_name, dtype):
         with pytest.raises(TypeError, match=f"{type(solver).__name__}"):
             jax.eval_shape(lambda x: loss(WEIGHT, x, adjoint, solver), XS[0])
         return
-    if dtype is not None and {name, solver_name} & NOT_IN_HALF_PRECISION:
-        pytest.skip("It does not exist.")
+    if dtype is not None:
+        if {name, solver_name} & NOT_IN_HALF_PRECISION:
+            pytest.skip("It does not exist.")
+        if (name, solver_name) == ("unrolled", "anderson"):
+            pytest.skip(
+                "With that few digits a least-squares problem has no derivative."
+            )
     forward_mode = name not in REVERSE_MODE_ONLY
     program = jax.jit(ft.partial(derivatives, adjoint, solver, forward_mode))
     inputs = jtu.tree_map(lambda a: a.astype(dtype or a.dtype), (WEIGHT, XS))
@@ -166,7 +171,7 @@ def test_every_adjoint_with_every_solver(name, solver_name, dtype):
     for out in jtu.tree_leaves((values, grads, tangents, total_weight, grad_xs)):
         assert out.dtype == inputs[0].dtype
     num_terms = 1 if name == "jacobian_free" else MANY
-    tols = Tolerances.of(name, solver_name, dtype)
+    tols = Tolerances.of(name, dtype)
     expected = [series_gradient(WEIGHT, x, num_terms) for x in XS]
     for i, x in enumerate(XS):
         root = equilibrium(WEIGHT, x)
