@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from ._diagnose import ResidualTrace
-from ._parametrise import resolve
+from ._parametrise import resolve as _resolve
 from ._solution import EquilibriumSolution
 
 
@@ -96,7 +96,7 @@ def spectrum(
 
     The axes.
     """
-    cell = resolve(cell)
+    cell = _resolve(cell)
     flat, unravel = ravel_pytree(z)
     jacobian = jax.jacobian(lambda v: ravel_pytree(cell(unravel(v), x))[0])(flat)
     eigenvalues = np.linalg.eigvals(np.asarray(jacobian, float))
