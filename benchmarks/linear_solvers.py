@@ -44,8 +44,12 @@ class Config(Settings):
     """Which problems to solve."""
 
 
-def linear_solvers() -> dict[str, lx.AbstractLinearSolver]:
-    """Lineax solvers, to one tolerance."""
+# A state of more elements is too large for its Jacobian to be factorised.
+LARGEST_FACTORISED = 100
+
+
+def linear_solvers(size: int) -> dict[str, lx.AbstractLinearSolver]:
+    """Lineax solvers for a state of so many elements, to one tolerance."""
 
     def by_iteration(solver):
         return inn.FixedPointLinearSolver(solver, max_steps=1000)
@@ -59,6 +63,8 @@ def linear_solvers() -> dict[str, lx.AbstractLinearSolver]:
         optx.FixedPointIteration(0.0, RTOL, norm=optx.two_norm)
     )
     solvers["lx.GMRES"] = lx.GMRES(RTOL, RTOL)
+    if size <= LARGEST_FACTORISED:
+        solvers["lx.LU"] = lx.LU()
     return solvers
 
 
@@ -70,8 +76,9 @@ def compare(config: Config, problem: Problem) -> list[Row]:
         cotangent=problem.cotangent[: config.batch],
     )
     ref = reference(problem)
+    solvers = linear_solvers(problem.inputs[0].size)
     rows, calls = [], {}
-    for name, solver in progress(linear_solvers().items(), problem.name):
+    for name, solver in progress(solvers.items(), problem.name):
         forward = inn.NewtonKrylov(TOLERANCE, 0.0)
         method = Method(name, forward, adjoint=inn.ImplicitAdjoint(solver))
         row, calls[name] = prepare(ref, method)
