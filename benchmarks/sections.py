@@ -705,7 +705,7 @@ SECTIONS = (
                 rows=accurate,
             ),
         ),
-        minutes=2.5,
+        minutes=3.0,
         options=(
             *("--repeats", "3"),
             *("--problems", "dense-0.99", "resnet", "lin-1.2"),
