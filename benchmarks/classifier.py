@@ -21,7 +21,7 @@ import jax.random as jr
 import optax
 import optimistix as optx
 from jaxtyping import Array, Float, Int
-from measure import Settings
+from measure import TimingSettings
 from tutorial import mnist
 
 import implicitnets as inn
@@ -37,7 +37,7 @@ Dataset = Literal["digits", "fashion_mnist"]
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingSettings(Settings):
+class TrainingSettings(TimingSettings):
     """The options of the scripts that train the classifier."""
 
     steps: int = 1000

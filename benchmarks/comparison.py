@@ -1,5 +1,6 @@
 """Train models for as many steps of the same batches, to compare them."""
 
+import statistics
 import time
 
 import equinox as eqx
@@ -8,8 +9,12 @@ import jax.tree_util as jtu
 from config import Config
 from data import Data
 from measure import progress, Row
-from metrics import Metrics
+from metrics import means, Metrics
 from trainer import Trainer
+
+
+# Training steps that a point of a curve is the mean of.
+WINDOW = 20
 
 
 def train(
@@ -54,3 +59,24 @@ def train(
         "training memory (MB)": 1e-6 * memory,
     }
     return row, found, history
+
+
+def curve(name: str, histories: list[list[Metrics]], *columns: str) -> list[Row]:
+    """How some metrics went in the course of a training, or in the mean of several.
+
+    **Arguments:**
+
+    - `name`: of the model.
+    - `histories`: the metrics of every step of every training.
+    - `columns`: which metrics.
+
+    **Returns:**
+
+    A row for so many steps as are taken together.
+    """
+    rows = []
+    for start in range(0, len(histories[0]) - WINDOW + 1, WINDOW):
+        found = [means(history[start:][:WINDOW]) for history in histories]
+        row = {c: statistics.mean(metrics[c] for metrics in found) for c in columns}
+        rows.append({"model": name, "training step": start + WINDOW, **row})
+    return rows

@@ -25,8 +25,8 @@ from measure import (
     promise_figure,
     Row,
     save,
-    Settings,
     time_calls,
+    TimingSettings,
 )
 from methods import Method, prepare
 from problems import (
@@ -47,7 +47,7 @@ SCALES = (1.0, 1e-4, 1e-8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(TimingSettings):
     """Check what the core promises."""
 
 

@@ -7,13 +7,13 @@ trained weights: cell evaluations, times, and the errors of equilibrium and grad
 import dataclasses
 
 import tyro
-from measure import bar_figure, print_table, progress, Row, save, Settings
+from measure import bar_figure, print_table, progress, Row, save, TimingSettings
 from methods import continuous_methods, discrete_methods, prepare, time_rows
 from problems import Problem, PROBLEMS, reference
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(TimingSettings):
     """Compare discrete solvers with ODE solvers followed to the steady state."""
 
     batch: int = 32

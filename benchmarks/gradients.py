@@ -28,8 +28,8 @@ from measure import (
     promise_figure,
     Row,
     save,
-    Settings,
     time_calls,
+    TimingSettings,
 )
 from methods import backward_products, gradient_program, Method, ROUNDING
 from problems import (
@@ -61,7 +61,7 @@ EQUAL_COST = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(TimingSettings):
     """Compare the adjoints of the library."""
 
     batch: int = 16

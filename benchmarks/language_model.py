@@ -13,14 +13,16 @@ import pathlib
 import sys
 
 import tyro
-from comparison import train
-from config import Config, TrainingOptions
+from comparison import curve, train
+from config import Config, JacobianOptions, TrainingOptions
 from data import DataError, DataOptions, load
 from equilibrium import EquilibriumOptions
-from measure import plt, print_table, save, Settings
-from metrics import means
+from measure import curve_figure, print_table, save, Settings
 from networks import TransformerOptions
 from optimiser import OptimiserOptions
+
+
+BITS = "bits per character"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,11 @@ class LanguageSettings(Settings):
         rtol=1e-2, max_steps=12, adjoint_rtol=1e-2, adjoint_max_steps=12
     )
     """The solver and the adjoint."""
+    jacobian: JacobianOptions = JacobianOptions(
+        jacobian_weight=2.0, jacobian_probability=0.4
+    )
+    """The penalty that keeps the equilibrium within reach of the solver's steps; the
+    stack of layers has none."""
     optimiser: OptimiserOptions = OptimiserOptions(
         learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip=0.25
     )
@@ -68,23 +75,23 @@ def main() -> None:
         epochs=(settings.steps - settings.pretraining_steps) / steps_per_epoch,
         batch_size=settings.batch_size,
     )
-    rows, histories = [], {}
+    rows, curves = [], []
 
-    def add(name, options):
+    def add(name, options, jacobian):
         config = Config(
             settings.model,
             equilibrium=settings.equilibrium,
             optimiser=settings.optimiser,
+            jacobian=jacobian,
             training=options,
         )
         row, found, history = train(config, data, name)
-        rows.append({**row, "bits per character": found["bits_per_token"]})
-        histories[name] = [
-            means([metrics])["loss"] / math.log(2) for metrics in history
-        ]
+        rows.append({**row, BITS: found["bits_per_token"]})
+        for row in curve(name, [history], "loss", "evaluations"):
+            curves.append({**row, BITS: row["loss"] / math.log(2)})
         print_table(name, rows[-1:])
 
-    add("equilibrium", options)
+    add("equilibrium", options, settings.jacobian)
     depth = round(rows[0]["evaluations"])
     add(
         f"{depth} layers",
@@ -94,14 +101,11 @@ def main() -> None:
             pretraining_depth=depth,
             epochs=0.0,
         ),
+        JacobianOptions(),
     )
     print_table("Language models", rows)
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, history in histories.items():
-        axis.plot(history, label=name, linewidth=0.8)
-    axis.set(xlabel="training step", ylabel="bits per character", ylim=(None, 5))
-    axis.legend()
-    save(settings, "language_model", {"rows": rows}, figure)
+    figure = curve_figure(curves, curve="model", x="training step", values={BITS: BITS})
+    save(settings, "language_model", {"rows": rows, "curves": curves}, figure)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,15 @@ import lineax as lx
 import optimistix as optx
 import tyro
 from gradients import prepare, TOLERANCE
-from measure import bar_figure, print_table, progress, Row, save, Settings, time_calls
+from measure import (
+    bar_figure,
+    print_table,
+    progress,
+    Row,
+    save,
+    time_calls,
+    TimingSettings,
+)
 from methods import Method
 from problems import dense_tanh, linear, Problem, reference, resnet
 
@@ -35,7 +43,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(TimingSettings):
     """Compare linear solvers for the backward pass."""
 
     batch: int = 32

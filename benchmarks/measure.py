@@ -52,10 +52,16 @@ Row = dict[str, Any]
 class Settings:
     """The options that every script has."""
 
-    repeats: int = 9
-    """Timed repeats of every row; the median is shown."""
     output_dir: pathlib.Path = pathlib.Path(__file__).parent / "results"
     """Folder that the figures and the JSON files are written to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TimingSettings(Settings):
+    """The options of the scripts that time calls."""
+
+    repeats: int = 9
+    """Timed repeats of every row; the median is shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +303,38 @@ def bar_figure(
         axis.invert_yaxis()
     handles = [Patch(color=f"C{i}", label=v) for i, v in enumerate(values)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(values))
+    return figure
+
+
+def curve_figure(
+    rows: list[Row], *, curve: str, x: str, values: Mapping[str, str]
+) -> Figure:
+    """A panel for some columns of rows, in which others that are alike make a curve.
+
+    **Arguments:**
+
+    - `rows`: the table.
+    - `curve`, `x`: the columns that say which curve a row is a point of, and where.
+    - `values`: the columns to draw, and what their axes say.
+
+    **Returns:**
+
+    The figure.
+    """
+    figure, axes = plt.subplots(
+        1,
+        len(values),
+        figsize=(max(6.5, 4.5 * len(values)), 3.5),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, (value, label) in zip(axes.flat, values.items(), strict=True):
+        for name in dict.fromkeys(row[curve] for row in rows):
+            points = [(row[x], row[value]) for row in rows if row[curve] == name]
+            axis.plot(*zip(*points, strict=True), label=name)
+        axis.set(xlabel=x, ylabel=label, xlim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
     return figure
 
 

@@ -13,14 +13,12 @@ import pathlib
 import statistics
 import sys
 
-import numpy as np
 import tyro
-from comparison import train
+from comparison import curve, train
 from config import Config, TrainingOptions
 from data import DataError, DataOptions, load
 from equilibrium import EquilibriumOptions
-from measure import plt, print_table, Row, save, Settings
-from metrics import means
+from measure import curve_figure, print_table, Row, save, Settings
 from networks import MDEQOptions
 from optimiser import OptimiserOptions
 
@@ -29,8 +27,6 @@ MODELS = {
     "two scales": MDEQOptions(),
     "one scale": MDEQOptions((36,), (20,), final_channels=215, groups=4),
 }
-# Training steps that a point of the figure is the mean of.
-WINDOW = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,19 +125,18 @@ def main() -> None:
     ]
     print_table("Fashion-MNIST", summaries)
     print(verdict(summaries))
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, metric in zip(axes, ("loss", "evaluations"), strict=True):
-        for name, seeds in histories.items():
-            starts = range(0, len(seeds[0]) - WINDOW + 1, WINDOW)
-            curves = [
-                [means(history[start:][:WINDOW])[metric] for start in starts]
-                for history in seeds
-            ]
-            steps = [start + WINDOW for start in starts]
-            axis.plot(steps, np.mean(curves, axis=0), label=name)
-        axis.set(xlabel="training step", title=metric)
-    axes[0].legend()
-    save(settings, "multiscale", {"rows": rows, "summary": summaries}, figure)
+    columns = "loss", "evaluations"
+    curves = [
+        row for name, seeds in histories.items() for row in curve(name, seeds, *columns)
+    ]
+    figure = curve_figure(
+        curves,
+        curve="model",
+        x="training step",
+        values={column: column for column in columns},
+    )
+    tables = {"rows": rows, "summary": summaries, "curves": curves}
+    save(settings, "multiscale", tables, figure)
 
 
 if __name__ == "__main__":

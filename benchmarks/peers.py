@@ -38,8 +38,8 @@ from measure import (
     Row,
     save,
     seconds_a_call,
-    Settings,
     SHORTEST_SECONDS,
+    TimingSettings,
 )
 from methods import bare_loop_program, verdict
 from peer_worker import LIBRARIES
@@ -73,7 +73,7 @@ BEST = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(TimingSettings):
     """Time this library and its peers side by side."""
 
     python: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Every benchmark, and the page of the documentation that shows what they found.
+"""Every benchmark, and the pages of the documentation that show what they found.
 
 Each section is a script in a process of its own; one that fails or takes too long says
 so on the page, and the others go on. What was found is in one JSON file, from which the
@@ -17,19 +17,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import tyro
 from measure import markdown_table, Settings
 from sections import Exhibit, Section, SECTIONS
+from training_sections import TRAINING_SECTIONS
 
 
 HERE = pathlib.Path(__file__).parent
-PAGE = "report.md"
 # The theme of the site, and Matplotlib's style for it.
 STYLES = {"light": "default", "dark": "dark_background"}
-INTRODUCTION = """\
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A page of the documentation."""
+
+    introduction: str
+    sections: tuple[Section, ...]
+
+
+REPORT = """\
 # Report
 
 What this library's benchmarks found. Everything below, sentences and figures too, was
@@ -44,6 +54,24 @@ gradient are checked against a float64 reference before a time is shown; where t
 trained, the accuracy stands beside it. The tables are also in
 [one JSON file](report/report.json).
 """
+TRAINING = """\
+# Training
+
+What the reference models reach on real data, on two CPU cores. Everything below was
+computed by one command. It takes some hours, and may be stopped in the first two
+sections, which go on where they were:
+
+```bash
+python benchmarks/report.py --page training --data-dir FOLDER --text FILE
+```
+
+The tables are also in [one JSON file](training/training.json). The
+[report](report.md) has what takes minutes.
+"""
+PAGES = {
+    "report": Page(REPORT, SECTIONS),
+    "training": Page(TRAINING, TRAINING_SECTIONS),
+}
 
 # A section's result: its status, seconds, command, machine, versions and tables.
 Record = dict[str, Any]
@@ -51,14 +79,19 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Run the benchmarks and write the report."""
+    """Run the benchmarks and write a page on what they found."""
 
-    sections: tuple[str, ...] = tuple(section.script for section in SECTIONS)
-    """Which sections to run; the others keep their last results."""
+    page: Literal["report", "training"] = "report"
+    """Which page: what takes minutes, or what takes hours."""
+    sections: tuple[str, ...] | None = None
+    """Which of its sections to run, by default all; the others keep their last
+    results."""
     quick: bool = False
     """Run at a tiny size, to test the report."""
     data_dir: pathlib.Path | None = None
     """The folder with the files of Fashion-MNIST; without it there are only digits."""
+    text: pathlib.Path | None = None
+    """The text that the language model learns."""
     python: tuple[str, ...] = ()
     """The interpreters of other libraries, as `banax=/path/to/python`."""
     output_dir: pathlib.Path = HERE.parent / "docs"
@@ -67,12 +100,20 @@ class Config:
     """The folder that the scripts write to."""
 
     def __post_init__(self):
-        names = [section.script for section in SECTIONS]
-        for name in self.sections:
+        names = [section.script for section in PAGES[self.page].sections]
+        for name in self.sections or ():
             if name not in names:
                 raise ValueError(
                     f"`sections` must be among {', '.join(names)}; got {name}."
                 )
+
+    @property
+    def chosen(self) -> list[Section]:
+        """The sections to run."""
+        sections = PAGES[self.page].sections
+        if self.sections is None:
+            return [*sections]
+        return [section for section in sections if section.script in self.sections]
 
 
 def run(section: Section, config: Config, spare_minutes: float = 0.0) -> Record:
@@ -91,7 +132,6 @@ def run(section: Section, config: Config, spare_minutes: float = 0.0) -> Record:
     folder = config.results_dir
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / f"{section.script}.json"
-    found.unlink(missing_ok=True)
     passed, shown = passed_on(section, config)
     options = [*(section.quick if config.quick else section.options)]
     arguments = [str(HERE / f"{section.script}.py"), *options, *passed]
@@ -134,6 +174,8 @@ def passed_on(section: Section, config: Config) -> tuple[list[str], list[str]]:
     """
     if section.takes == "data_dir" and config.data_dir is not None:
         return ["--data-dir", str(config.data_dir)], ["--data-dir", "FOLDER"]
+    if section.takes == "text" and config.text is not None:
+        return ["--text", str(config.text)], ["--text", "FILE"]
     if section.takes == "python" and config.python:
         shown = [f"{argument.split('=')[0]}=PYTHON" for argument in config.python]
         return ["--python", *config.python], ["--python", *shown]
@@ -146,11 +188,12 @@ def last_line(log: pathlib.Path) -> str:
     return written[-1].strip()[:200] if written else "it wrote nothing"
 
 
-def render(records: Mapping[str, Record], folder: pathlib.Path) -> str:
-    """The page, whose figures are drawn on the way.
+def render(page: Page, records: Mapping[str, Record], folder: pathlib.Path) -> str:
+    """A page, whose figures are drawn on the way.
 
     **Arguments:**
 
+    - `page`: which.
     - `records`: the sections' results, by the names of their scripts.
     - `folder`: where the figures go, next to the page.
 
@@ -158,9 +201,9 @@ def render(records: Mapping[str, Record], folder: pathlib.Path) -> str:
 
     Markdown.
     """
-    parts = [INTRODUCTION]
+    parts = [page.introduction]
     made_of = []
-    for section in SECTIONS:
+    for section in page.sections:
         if section.script in records:
             record = records[section.script]
             parts.append(render_section(section, record, folder))
@@ -227,11 +270,11 @@ def main() -> None:
     if config.quick:
         results = config.results_dir / "quick"
         config = dataclasses.replace(config, results_dir=results)
-    folder = config.output_dir / "report"
+    folder = config.output_dir / config.page
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.json"
+    path = folder / f"{config.page}.json"
     records = json.loads(path.read_text()) if path.exists() else {}
-    chosen = [section for section in SECTIONS if section.script in config.sections]
+    chosen = config.chosen
     start = time.perf_counter()
     # What sections leave of their time is for those that come after them, so that the
     # whole takes no longer than all may together.
@@ -244,8 +287,8 @@ def main() -> None:
         records[section.script] = record
         path.write_text(json.dumps(records, indent=1))
         print(f"{record['status']}, {record['seconds']:.0f} s", flush=True)
-    page = config.output_dir / PAGE
-    page.write_text(render(records, folder))
+    page = config.output_dir / f"{config.page}.md"
+    page.write_text(render(PAGES[config.page], records, folder))
     print(f"Written in {time.perf_counter() - start:.0f} s: {page}")
 
 

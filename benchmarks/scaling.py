@@ -19,8 +19,8 @@ from measure import (
     progress,
     Row,
     save,
-    Settings,
     time_calls,
+    TimingSettings,
 )
 from methods import gradient_program, Method, prepare, time_rows, verdict
 from problems import dense_tanh, Problem, reference, residuals
@@ -34,7 +34,7 @@ HISTORY_RADIUS = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(TimingSettings):
     """Vary one size at a time."""
 
     states: tuple[int, ...] = (64, 256, 1024)

@@ -45,7 +45,7 @@ class Section:
     """A question of the report, and the script that answers it.
 
     `minutes` is when the script is stopped, if those before it have not left some of
-    theirs; all together have 40. `takes` is the option of the report that is passed on.
+    theirs. `takes` is the option of the report that is passed on.
     """
 
     script: str
@@ -55,7 +55,7 @@ class Section:
     minutes: float
     options: tuple[str, ...] = ()
     quick: tuple[str, ...] = ("--repeats", "1")
-    takes: Literal["data_dir", "python"] | None = None
+    takes: Literal["data_dir", "python", "text"] | None = None
 
 
 def distinct(rows: list[Row], *columns: str) -> list[Any]:

@@ -25,7 +25,7 @@ from measure import (
     promise_figure,
     Row,
     save,
-    Settings,
+    TimingSettings,
 )
 from methods import (
     continuous_methods,
@@ -57,7 +57,7 @@ CHEAP = ("tanh", "linear")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(TimingSettings):
     """Compare the solvers of the library."""
 
     problems: tuple[str, ...] = (

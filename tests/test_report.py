@@ -16,6 +16,9 @@ import sections
 
 pytestmark = pytest.mark.one_precision
 
+REPORT = report.PAGES["report"]
+EVERY_SECTION = [section for page in report.PAGES.values() for section in page.sections]
+
 
 def skip_row(model, evaluations, accuracy):
     return {
@@ -74,7 +77,7 @@ def config(tmp_path):
 
 
 def test_page_is_computed_from_the_tables(tmp_path):
-    page = report.render({"skip": record()}, tmp_path)
+    page = report.render(REPORT, {"skip": record()}, tmp_path)
     assert "need 4 times the evaluations of Skip ones" in page
     assert "is -1.0 to -1.0 points from theirs" in page
     assert "need 3 times the evaluations of Skip-regularised ones" in page
@@ -86,25 +89,88 @@ def test_page_is_computed_from_the_tables(tmp_path):
         assert (tmp_path / f"skip.{theme}.png").stat().st_size > 0
 
 
+def test_page_on_training_is_computed_from_the_tables(tmp_path):
+    def model(name, accuracy, **columns):
+        costs = {"training memory (MB)": 50.0, "training step (ms)": 100.0}
+        return {"model": name, "accuracy (%)": accuracy, **costs, **columns}
+
+    def epoch(number, accuracy):
+        return model("a network", accuracy) | {
+            "epoch": number,
+            "training (min)": 5.0 * number,
+            "an epoch (min)": 5.0,
+            "evaluations, test": 7.5,
+        }
+
+    def phase(name, seconds):
+        return model("deq", 60.0) | {
+            "phase": name,
+            "epoch (s)": seconds,
+            "total (s)": 10.0,
+            "total with compilation (s)": 12.0,
+            "deviation (%)": 1.0,
+            "evaluations": 5.0,
+            "converged (%)": 100.0,
+        }
+
+    curves = [
+        {"model": name, "training step": 20, "loss": 1.0, "evaluations": 6.0}
+        | {"bits per character": 3.0}
+        for name in ("one", "two")
+    ]
+    layers = {"training memory (MB)": 200.0, "bits per character": 2.5}
+    found = {
+        "fashion": {"rows": [epoch(1.0, 85.0), epoch(2.0, 91.0)]},
+        "sciml_tutorial": {
+            "rows": [
+                phase("pretraining", 1.0),
+                phase("adams", 9.0),
+                phase("tsit5", 4.0),
+            ]
+        },
+        "language_model": {
+            "rows": [
+                model("equilibrium", None, **{"bits per character": 2.25}),
+                model("6 layers", None, **layers),
+            ],
+            "curves": curves,
+        },
+        "multiscale": {
+            "summary": [model("two", 72.0), model("one", 70.5)],
+            "curves": curves,
+        },
+    }
+    records = {name: record(tables=tables) for name, tables in found.items()}
+    page = report.render(report.PAGES["training"], records, tmp_path)
+    assert "a network: 91.0 % after 2 epochs of 5.0 minutes, with 7.5 eval" in page
+    assert "the quickest epochs are those of tsit5 (4 s)" in page
+    assert "2.25 bits per character, 6 layers 2.50." in page
+    assert "takes 0.25 times their memory and 1 times their time." in page
+    assert "Two scales beat one of as many weights: +1.5 points" in page
+    assert "failed" not in page
+
+
 def test_failed_section_does_not_stop_the_others(tmp_path):
     failed = record(status="timed out after 9 minutes")
     for name in ("machine", "versions", "tables"):
         del failed[name]
-    page = report.render({"solvers": failed, "skip": record()}, tmp_path)
+    page = report.render(REPORT, {"solvers": failed, "skip": record()}, tmp_path)
     assert "**This section timed out after 9 minutes.**" in page
     assert "need 4 times" in page
 
 
 def test_tables_that_lack_something_are_a_failed_section(tmp_path):
     broken = record(tables={"rows": [{"problem": "tanh"}]})
-    page = report.render({"solvers": broken, "skip": record()}, tmp_path)
+    page = report.render(REPORT, {"solvers": broken, "skip": record()}, tmp_path)
     assert "**This section failed: KeyError: 'method'.**" in page
     assert "need 4 times" in page
 
 
 def test_quick_results_are_no_measurements(tmp_path):
-    assert "no measurements" in report.render({"skip": record(quick=True)}, tmp_path)
-    assert "no measurements" not in report.render({"skip": record()}, tmp_path)
+    assert "no measurements" in report.render(
+        REPORT, {"skip": record(quick=True)}, tmp_path
+    )
+    assert "no measurements" not in report.render(REPORT, {"skip": record()}, tmp_path)
 
 
 def test_run_reads_what_the_script_saved(script, config):
@@ -138,8 +204,10 @@ def test_run_stops_a_script_that_takes_too_long(script, config):
 
 
 def test_page_does_not_show_the_paths_of_the_machine(tmp_path):
-    config = report.Config(data_dir=tmp_path, python=(f"banax={tmp_path}/python",))
-    for section in sections.SECTIONS:
+    config = report.Config(
+        data_dir=tmp_path, text=tmp_path, python=(f"banax={tmp_path}/python",)
+    )
+    for section in EVERY_SECTION:
         passed, shown = report.passed_on(section, config)
         assert len(passed) == len(shown)
         assert not any(str(tmp_path) in argument for argument in shown)
@@ -160,15 +228,16 @@ def test_other_sections_keep_their_last_results(tmp_path, monkeypatch):
     assert json.loads((folder / "report.json").read_text())["skip"] == old["skip"]
 
 
-def test_unknown_section():
-    with pytest.raises(ValueError, match="got nothing"):
-        report.Config(sections=("nothing",))
+@pytest.mark.parametrize("page, name", [("report", "nothing"), ("training", "skip")])
+def test_unknown_section(page, name):
+    with pytest.raises(ValueError, match=f"got {name}"):
+        report.Config(page, (name,))
 
 
 def test_names_of_scripts_and_figures():
-    exhibits = [e.name for section in sections.SECTIONS for e in section.exhibits]
+    exhibits = [exhibit.name for s in EVERY_SECTION for exhibit in s.exhibits]
     assert len(set(exhibits)) == len(exhibits)
-    for section in sections.SECTIONS:
+    for section in EVERY_SECTION:
         assert (report.HERE / f"{section.script}.py").exists()
 
 
