@@ -4,8 +4,8 @@ Trains the smallest multiscale network of Bai et al. (2020) on the images of
 Fashion-MNIST, and the same network with the finest of its scales alone, which has as
 many more channels as make up for the weights of the other. Both see the same batches in
 the same number of steps, of which the first ones are pretraining. They are trained with
-the Jacobian-free gradient and eight steps of Anderson acceleration, so that many
-training steps fit into little time.
+the Jacobian-free gradient, the penalty on the Jacobian, and eight steps of Anderson
+acceleration, so that many training steps fit into little time.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import sys
 
 import tyro
 from comparison import curve, train
-from config import Config, TrainingOptions
+from config import Config, JacobianOptions, TrainingOptions
 from data import DataError, DataOptions, load
 from equilibrium import EquilibriumOptions
 from measure import curve_figure, print_table, Row, save, Settings
@@ -51,6 +51,10 @@ class MultiscaleSettings(Settings):
         "anderson", rtol=1e-2, max_steps=8, adjoint="jacobian-free"
     )
     """The solver and the adjoint."""
+    jacobian: JacobianOptions = JacobianOptions(
+        jacobian_weight=4.0, jacobian_probability=0.5
+    )
+    """The penalty that keeps the equilibrium within reach of the solver's steps."""
     optimiser: OptimiserOptions = OptimiserOptions(
         learning_rate=2e-3, schedule="cosine", warmup_steps=50
     )
@@ -107,6 +111,7 @@ def main() -> None:
                 MODELS[name],
                 equilibrium=settings.equilibrium,
                 optimiser=settings.optimiser,
+                jacobian=settings.jacobian,
                 training=TrainingOptions(
                     pretraining_epochs=settings.pretraining_epochs,
                     pretraining_depth=3,

@@ -25,6 +25,9 @@ from implicitnets._regularise import jacobian_penalty
 from .helpers import multiscale_layers, SumCell
 
 
+# Theirs are in single precision, and a tolerance of 1e-3 asks for no more.
+pytestmark = pytest.mark.one_precision
+
 TOL = 1e-3
 
 SOLVERS = {

@@ -48,6 +48,7 @@ def structs(make, config):
     return eqx.filter_eval_shape(eqx.nn.make_with_state(make), config, key=jr.key(0))
 
 
+@pytest.mark.one_precision
 @pytest.mark.parametrize(
     "make, config, count",
     (
@@ -96,6 +97,7 @@ def test_sizes_of_the_multiscale_network_are_checked(name, value):
         dataclasses.replace(TINY_MDEQ, **{name: value})
 
 
+@pytest.mark.one_precision
 def test_number_of_parameters_of_cells():
     for config, count in (
         (MDEQConfig.cifar_tiny(), 111_696),
@@ -111,6 +113,7 @@ def test_number_of_parameters_of_cells():
         assert num_parameters(cells[0]) == num_parameters(cells[1])
 
 
+@pytest.mark.one_precision
 @pytest.mark.parametrize(
     "make, config, scales",
     (
@@ -137,6 +140,7 @@ def test_shapes_at_published_sizes(make, config, scales):
     assert eqx.tree_equal(state, new_state)
 
 
+@pytest.mark.one_precision
 def test_forward_pass_at_a_published_size():
     """The equilibrium is one step, as there is nothing to see in more of them."""
     model, state = structs(MDEQ, MDEQConfig.cifar_large())
