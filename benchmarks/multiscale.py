@@ -52,7 +52,7 @@ class MultiscaleSettings(Settings):
     )
     """The solver and the adjoint."""
     jacobian: JacobianOptions = JacobianOptions(
-        jacobian_weight=4.0, jacobian_probability=0.5
+        jacobian_weight=2.0, jacobian_probability=0.5
     )
     """The penalty that keeps the equilibrium within reach of the solver's steps."""
     optimiser: OptimiserOptions = OptimiserOptions(

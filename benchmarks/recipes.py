@@ -35,7 +35,7 @@ _FEW_STEPS = EquilibriumOptions(
 )
 # Without it the spectral radius grows beyond one, and the tests are of other states
 # than those that the head was trained on.
-_CONTRACT = JacobianOptions(jacobian_weight=4.0, jacobian_probability=0.5)
+_CONTRACT = JacobianOptions(jacobian_weight=2.0, jacobian_probability=0.5)
 _QUICK = OptimiserOptions(learning_rate=2e-3, schedule="cosine", warmup_steps=100)
 
 _WIKITEXT = DataOptions("wikitext103", sequence_length=150)
@@ -104,12 +104,12 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "resnet-fashion": (
         "The residual network of JAXopt's example, for 30 minutes on Fashion-MNIST.",
         Config(
-            ResNetOptions(channels=24, inner_channels=32, pool_stride=4),
+            ResNetOptions(channels=24, inner_channels=32, pool_stride=1),
             _FASHION,
             _FEW_STEPS,
             _QUICK,
             _CONTRACT,
-            TrainingOptions(epochs=3.5, batch_size=50),
+            TrainingOptions(epochs=3, batch_size=50),
         ),
     ),
     "mdeq-tiny": (
