@@ -57,9 +57,10 @@ trained, the accuracy stands beside it. The tables are also in
 TRAINING = """\
 # Training
 
-What the reference models reach on real data, on two CPU cores. Everything below was
-computed by one command. It takes some hours, and may be stopped in the first two
-sections, which go on where they were:
+What the reference models reach on real data, on as many CPU cores as the table at the
+end says. Everything below, sentences and figures too, was computed by one command. It
+takes some hours, and may be stopped in the first two sections, which go on where they
+were:
 
 ```bash
 python benchmarks/report.py --page training --data-dir FOLDER --text FILE

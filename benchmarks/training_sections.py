@@ -110,9 +110,9 @@ TRAINING_SECTIONS = (
         "fashion",
         "All of Fashion-MNIST",
         "How accurate are a residual network and the network of SciML's tutorial after "
-        "half an hour? Both take at most eight steps of Anderson acceleration and the "
-        "penalty on the Jacobian; the residual network has the Jacobian-free gradient, "
-        "the other one, which that makes diverge, the implicit one.",
+        "at most half an hour? Both take at most eight steps of Anderson acceleration "
+        "and the penalty on the Jacobian; the residual network has the Jacobian-free "
+        "gradient, the other one, which that makes diverge, the implicit one.",
         (
             Exhibit(
                 "fashion",
