@@ -3,13 +3,12 @@
 import statistics
 import time
 
-import equinox as eqx
 import jax
-import jax.tree_util as jtu
 from config import Config
 from data import Data
 from measure import progress, Row
 from metrics import means, Metrics
+from networks import num_parameters
 from trainer import Trainer
 
 
@@ -47,11 +46,10 @@ def train(
     jax.block_until_ready(state.step)
     seconds = time.perf_counter() - start - (trainer.compile_seconds - compiled)
     found = trainer.test(state)
-    weights = jtu.tree_leaves(eqx.filter(state.network, eqx.is_inexact_array))
     memory = trainer.training_memory(state.network.layer.fixed_depth)
     row = {
         "model": name,
-        "parameters": sum(leaf.size for leaf in weights),
+        "parameters": num_parameters(state.network),
         "evaluations": found["evaluations"],
         "residual": found["residual"],
         "spectral radius": found["spectral_radius_mean"],

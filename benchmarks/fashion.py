@@ -11,12 +11,11 @@ import pathlib
 import sys
 from typing import Literal
 
-import equinox as eqx
-import jax
 import tyro
 from data import DataError, load
 from errors import CheckpointError
 from measure import print_table, Row, save, Settings
+from networks import num_parameters
 from recipes import RECIPES
 from records import read_records
 from trainer import train
@@ -70,12 +69,11 @@ def train_recipe(name: str, settings: FashionSettings) -> list[Row]:
         run=dataclasses.replace(recipe.run, output_dir=settings.output_dir / name),
     )
     state = train(config, load(config.data))
-    weights = jax.tree.leaves(eqx.filter(state.network, eqx.is_inexact_array))
     records = read_records(config.output_dir / "metrics.jsonl")
     return [
         {
             "model": NETWORKS[name],
-            "parameters": sum(leaf.size for leaf in weights),
+            "parameters": num_parameters(state.network),
             "epoch": record["epoch"],
             "accuracy (%)": 100 * record["test_accuracy"],
             "training (min)": record["seconds"] / 60,

@@ -87,8 +87,8 @@ def main() -> None:
         )
         row, found, history = train(config, data, name)
         rows.append({**row, BITS: found["bits_per_token"]})
-        for row in curve(name, [history], "loss", "evaluations"):
-            curves.append({**row, BITS: row["loss"] / math.log(2)})
+        for point in curve(name, [history], "loss", "evaluations"):
+            curves.append({**point, BITS: point["loss"] / math.log(2)})
         print_table(name, rows[-1:])
 
     add("equilibrium", options, settings.jacobian)
@@ -104,7 +104,7 @@ def main() -> None:
         JacobianOptions(),
     )
     print_table("Language models", rows)
-    figure = curve_figure(curves, curve="model", x="training step", values={BITS: BITS})
+    figure = curve_figure(curves, x="training step", values={BITS: BITS})
     save(settings, "language_model", {"rows": rows, "curves": curves}, figure)
 
 

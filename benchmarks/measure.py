@@ -306,15 +306,13 @@ def bar_figure(
     return figure
 
 
-def curve_figure(
-    rows: list[Row], *, curve: str, x: str, values: Mapping[str, str]
-) -> Figure:
-    """A panel for some columns of rows, in which others that are alike make a curve.
+def curve_figure(rows: list[Row], *, x: str, values: Mapping[str, str]) -> Figure:
+    """A panel for some columns of rows, in which those of a model make a curve.
 
     **Arguments:**
 
     - `rows`: the table.
-    - `curve`, `x`: the columns that say which curve a row is a point of, and where.
+    - `x`: the column to draw them over.
     - `values`: the columns to draw, and what their axes say.
 
     **Returns:**
@@ -329,8 +327,8 @@ def curve_figure(
         squeeze=False,
     )
     for axis, (value, label) in zip(axes.flat, values.items(), strict=True):
-        for name in dict.fromkeys(row[curve] for row in rows):
-            points = [(row[x], row[value]) for row in rows if row[curve] == name]
+        for name in dict.fromkeys(row["model"] for row in rows):
+            points = [(row[x], row[value]) for row in rows if row["model"] == name]
             axis.plot(*zip(*points, strict=True), label=name)
         axis.set(xlabel=x, ylabel=label, xlim=(0, None))
         axis.grid(alpha=0.3)

@@ -21,6 +21,8 @@ from equilibrium import EquilibriumOptions
 from measure import curve_figure, print_table, Row, save, Settings
 from networks import MDEQOptions
 from optimiser import OptimiserOptions
+from recipes import CONTRACT, FEW_STEPS
+from training_sections import multiscale_sentences
 
 
 MODELS = {
@@ -47,13 +49,9 @@ class MultiscaleSettings(Settings):
     """Images in a training step."""
     seeds: int = 1
     """How many times to train, with other weights and batches."""
-    equilibrium: EquilibriumOptions = EquilibriumOptions(
-        "anderson", rtol=1e-2, max_steps=8, adjoint="jacobian-free"
-    )
+    equilibrium: EquilibriumOptions = FEW_STEPS
     """The solver and the adjoint."""
-    jacobian: JacobianOptions = JacobianOptions(
-        jacobian_weight=2.0, jacobian_probability=0.5
-    )
+    jacobian: JacobianOptions = CONTRACT
     """The penalty that keeps the equilibrium within reach of the solver's steps."""
     optimiser: OptimiserOptions = OptimiserOptions(
         learning_rate=2e-3, schedule="cosine", warmup_steps=50
@@ -80,14 +78,6 @@ def over_seeds(rows: list[Row]) -> Row:
         **summary,
         "of each seed (%)": "  ".join(f"{accuracy:.1f}" for accuracy in accuracies),
     }
-
-
-def verdict(summaries: list[Row]) -> str:
-    """Which of the models is the better one, in a sentence."""
-    two, one = (row["accuracy (%)"] for row in summaries)
-    if two > one:
-        return f"Two scales beat one by {two - one:.1f} % of the images."
-    return f"Two scales do not beat one: {one - two:.1f} % of the images fewer."
 
 
 def main() -> None:
@@ -129,14 +119,13 @@ def main() -> None:
         over_seeds([row for row in rows if row["model"] == name]) for name in MODELS
     ]
     print_table("Fashion-MNIST", summaries)
-    print(verdict(summaries))
+    print(multiscale_sentences({"summary": summaries}))
     columns = "loss", "evaluations"
     curves = [
         row for name, seeds in histories.items() for row in curve(name, seeds, *columns)
     ]
     figure = curve_figure(
         curves,
-        curve="model",
         x="training step",
         values={column: column for column in columns},
     )

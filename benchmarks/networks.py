@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import optax
 from data import Data, DataError
 from equilibrium import EquilibriumOptions, make_layer
@@ -78,6 +79,12 @@ class AbstractNetwork(eqx.Module):
 
         The verdict, and the new state.
         """
+
+
+def num_parameters(network: AbstractNetwork) -> int:
+    """How many weights a network has."""
+    weights = eqx.filter(network, eqx.is_inexact_array)
+    return sum(leaf.size for leaf in jtu.tree_leaves(weights))
 
 
 def judge(

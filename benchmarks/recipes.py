@@ -30,12 +30,12 @@ _COSINE = OptimiserOptions(schedule="cosine", last_learning_rate=1e-6)
 
 # What fits into half an hour on two cores.
 _FASHION = DataOptions("fashion_mnist", standardise=True)
-_FEW_STEPS = EquilibriumOptions(
+FEW_STEPS = EquilibriumOptions(
     "anderson", rtol=1e-2, max_steps=8, adjoint="jacobian-free"
 )
 # Without it the spectral radius grows beyond one, and the tests are of other states
 # than those that the head was trained on.
-_CONTRACT = JacobianOptions(jacobian_weight=2.0, jacobian_probability=0.5)
+CONTRACT = JacobianOptions(jacobian_weight=2.0, jacobian_probability=0.5)
 _QUICK = OptimiserOptions(learning_rate=2e-3, schedule="cosine", warmup_steps=100)
 
 _WIKITEXT = DataOptions("wikitext103", sequence_length=150)
@@ -106,9 +106,9 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             ResNetOptions(channels=24, inner_channels=32, pool_stride=1),
             _FASHION,
-            _FEW_STEPS,
+            FEW_STEPS,
             _QUICK,
-            _CONTRACT,
+            CONTRACT,
             TrainingOptions(epochs=3, batch_size=50),
         ),
     ),
@@ -135,9 +135,9 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             MDEQOptions(),
             dataclasses.replace(_FASHION, train_size=15_000),
-            _FEW_STEPS,
+            FEW_STEPS,
             _QUICK,
-            _CONTRACT,
+            CONTRACT,
             TrainingOptions(epochs=1, batch_size=50),
         ),
     ),

@@ -17,7 +17,7 @@ def curves(
     values: dict[str, str], x: str = "training step", rows: str = "curves"
 ) -> Callable[[Tables], Figure]:
     """A panel for every column, in which every model has a curve."""
-    return lambda tables: curve_figure(tables[rows], curve="model", x=x, values=values)
+    return lambda tables: curve_figure(tables[rows], x=x, values=values)
 
 
 # All of Fashion-MNIST.
