@@ -75,6 +75,10 @@ def tutorial_sentences(tables: Tables) -> str:
             f"({digits(quickest['epoch (s)'])} s), the most accurate models those of "
             f"{best['phase']} ({best[ACCURACY]:.1f} %)."
         )
+    for solver in distinct(trained(tables), "phase"):
+        rows = [row for row in trained(tables) if row["phase"] == solver]
+        if not any(row["converged (%)"] for row in rows):
+            told.append(f"No solve of {solver} converged in its ten steps.")
     return " ".join(told)
 
 
@@ -132,8 +136,9 @@ TRAINING_SECTIONS = (
         "How long does the protocol of the MNIST tutorial of "
         "DeepEquilibriumNetworks.jl take, with every kind of model and every solver? "
         "Ours is on Fashion-MNIST and on one CPU core; the columns *theirs* are from "
-        "the log on their page: MNIST, on an NVIDIA GPU, one seed. A row `pretraining` "
-        "is what its model's others begin from, and part of their totals.",
+        "the log on their page: MNIST, on an NVIDIA GPU, one seed. A solve has ten "
+        "steps, as there. A row `pretraining` is what its model's others begin from, "
+        "and part of their totals.",
         (
             Exhibit(
                 "sciml_tutorial",

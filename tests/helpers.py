@@ -13,6 +13,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+import implicitnets as inn
 from implicitnets._misc import tree_dot
 
 
@@ -55,6 +56,24 @@ def relative_error(value: PyTree, reference: PyTree) -> float:
     b = [np.asarray(x, float).ravel() for x in jtu.tree_leaves(reference)]
     b = np.concatenate(b)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def solve(
+    fn,
+    solver,
+    z0,
+    args=None,
+    *,
+    find=optx.fixed_point,
+    adjoint=inn.ImplicitAdjoint(),
+    max_steps=600,
+):
+    """As in a layer: what the solve came to, and how, and no error."""
+    return find(fn, solver, z0, args, adjoint=adjoint, max_steps=max_steps, throw=False)
+
+
+def relative_residual(fn, z, args):
+    return relative_error(z, fn(z, args))
 
 
 class DenseCell(eqx.Module):

@@ -18,25 +18,10 @@ from .helpers import (
     pair_cell,
     problem,
     relative_error,
+    relative_residual,
+    solve,
     tolerance,
 )
-
-
-def solve(fn, solver, z0, args=None, *, max_steps=600):
-    return optx.fixed_point(
-        fn,
-        solver,
-        z0,
-        args,
-        max_steps=max_steps,
-        adjoint=inn.ImplicitAdjoint(),
-        throw=False,
-    )
-
-
-def relative_residual(fn, z, args):
-    f = fn(z, args)
-    return relative_error(z, f)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -15,24 +15,10 @@ from .helpers import (
     make_vector,
     problem,
     relative_error,
+    relative_residual,
+    solve,
     tolerance,
 )
-
-
-def solve(fn, solver, z0, args=None, *, max_steps=600, adjoint=inn.ImplicitAdjoint()):
-    return optx.fixed_point(
-        fn,
-        solver,
-        z0,
-        args,
-        max_steps=max_steps,
-        adjoint=adjoint,
-        throw=False,
-    )
-
-
-def relative_residual(fn, z, args):
-    return relative_error(z, fn(z, args))
 
 
 @eqx.filter_jit

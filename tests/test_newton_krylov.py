@@ -18,20 +18,9 @@ from .helpers import (
     pair_cell,
     problem,
     relative_error,
+    solve,
     tolerance,
 )
-
-
-def solve(fn, solver, z0, args=None, *, max_steps=100):
-    return optx.fixed_point(
-        fn,
-        solver,
-        z0,
-        args,
-        max_steps=max_steps,
-        adjoint=inn.ImplicitAdjoint(),
-        throw=False,
-    )
 
 
 def zeros_like(tree):

@@ -24,6 +24,7 @@ from .helpers import (
     pair_cell,
     problem,
     relative_error,
+    solve,
     tolerance,
     two_norm,
     weighted_sum,
@@ -44,18 +45,6 @@ IMPLICIT = (dfx.ImplicitEuler(), dfx.Kvaerno3(), dfx.Kvaerno4(), dfx.Kvaerno5())
 
 def name_of(value):
     return type(value).__name__
-
-
-def solve(fn, solver, z0, args=None, *, max_steps=256, find=optx.fixed_point):
-    return find(
-        fn,
-        solver,
-        z0,
-        args,
-        max_steps=max_steps,
-        adjoint=inn.ImplicitAdjoint(),
-        throw=False,
-    )
 
 
 def dense_problem():
