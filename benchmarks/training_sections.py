@@ -69,16 +69,20 @@ def tutorial_sentences(tables: Tables) -> str:
     for name in distinct(trained(tables), "model"):
         rows = [row for row in trained(tables) if row["model"] == name]
         quickest = min(rows, key=lambda row: row["epoch (s)"])
-        best = max(rows, key=lambda row: row[ACCURACY])
+        accuracies = [row[ACCURACY] for row in rows]
         told.append(
             f"{name}: the quickest epochs are those of {quickest['phase']} "
-            f"({digits(quickest['epoch (s)'])} s), the most accurate models those of "
-            f"{best['phase']} ({best[ACCURACY]:.1f} %)."
+            f"({digits(quickest['epoch (s)'])} s); accuracies are "
+            f"{min(accuracies):.1f} to {max(accuracies):.1f} %."
         )
     for solver in distinct(trained(tables), "phase"):
         rows = [row for row in trained(tables) if row["phase"] == solver]
-        if not any(row["converged (%)"] for row in rows):
-            told.append(f"No solve of {solver} converged in its ten steps.")
+        most = max(row["converged (%)"] for row in rows)
+        if most < 50:
+            told.append(
+                f"Of the solves by {solver} at most {digits(most)} % converge in their "
+                "ten steps."
+            )
     return " ".join(told)
 
 
