@@ -163,7 +163,10 @@ def _format(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.3g}"
+        if 0 < abs(value) < 0.01:
+            return f"{value:.1e}"
+        # Three digits, and an exponent only where there is no number to picture.
+        return f"{float(f'{value:.3g}'):.0f}" if 1e3 <= value < 1e6 else f"{value:.3g}"
     return str(value)
 
 
