@@ -36,7 +36,9 @@ class LanguageSettings(Settings):
     steps: int = 1000
     """Training steps of each model."""
     pretraining_steps: int = 300
-    """Those of the equilibrium model with the cell unrolled three times."""
+    """Those of the equilibrium model with the cell unrolled ..."""
+    pretraining_depth: int = 3
+    """... so many times."""
     batch_size: int = 16
     """Streams of text in a step, of which it sees 128 characters each."""
     model: TransformerOptions = TransformerOptions(dropout=0.0)
@@ -71,7 +73,7 @@ def main() -> None:
         sys.exit(f"Error: {error}")
     options = TrainingOptions(
         pretraining_epochs=settings.pretraining_steps / steps_per_epoch,
-        pretraining_depth=3,
+        pretraining_depth=settings.pretraining_depth,
         epochs=(settings.steps - settings.pretraining_steps) / steps_per_epoch,
         batch_size=settings.batch_size,
     )
