@@ -167,7 +167,7 @@ def test_report_in_higher_derivatives():
 
 
 def test_probe_of_a_layer():
-    deq = inn.DeepEquilibriumNetwork(dense_cell(), adjoint=inn.ImplicitAdjoint(SHORT))
+    deq = inn.DeepEquilibriumNetwork(dense_cell())
 
     @eqx.filter_jit
     def report_of(deq, x):
@@ -179,8 +179,12 @@ def test_probe_of_a_layer():
         return report(inn.AdjointReport.probe())
 
     report = report_of(deq, make_vector(4))
-    assert report.num_steps == 4  # two of each solve
-    assert 1e-3 < report.residual < 2 and not report.successful
+    assert report.successful and report.num_steps > 1
+    assert report.residual < 2e-4  # zero where rounding happens to be kind
+    stopped = inn.DeepEquilibriumNetwork(deq.cell, adjoint=inn.ImplicitAdjoint(SHORT))
+    report = report_of(stopped, make_vector(4))
+    assert not report.successful and report.num_steps == 4  # two of each solve
+    assert 1e-3 < report.residual < 2
     unrolled = report_of(inn.set_fixed_depth(deq, 2), make_vector(4))
     assert all(leaf == 0 for leaf in jtu.tree_leaves(unrolled))
 
