@@ -166,7 +166,8 @@ def _format(value: Any) -> str:
         if 0 < abs(value) < 0.01:
             return f"{value:.1e}"
         # Three digits, and an exponent only where there is no number to picture.
-        return f"{float(f'{value:.3g}'):.0f}" if 1e3 <= value < 1e6 else f"{value:.3g}"
+        rounded = float(f"{value:.3g}")
+        return f"{rounded:.0f}" if 1e3 <= abs(rounded) < 1e6 else f"{rounded:.3g}"
     return str(value)
 
 

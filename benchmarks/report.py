@@ -58,9 +58,8 @@ TRAINING = """\
 # Training
 
 What the reference models reach on real data, on as many CPU cores as the table at the
-end says. Everything below, sentences and figures too, was computed by one command. It
-takes some hours, and may be stopped in the first two sections, which go on where they
-were:
+end says. One command computes everything below, sentences and figures too. It takes
+some hours, and may be stopped in the first two sections, which go on where they were:
 
 ```bash
 python benchmarks/report.py --page training --data-dir FOLDER --text FILE
