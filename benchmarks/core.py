@@ -18,7 +18,10 @@ import jax.random as jr
 import numpy as np
 import optimistix as optx
 import tyro
-from measure import (
+
+import implicitnets as inn
+
+from .kit.measure import (
     compile_and_run,
     print_table,
     promise,
@@ -28,8 +31,8 @@ from measure import (
     time_calls,
     TimingSettings,
 )
-from methods import Method, prepare
-from problems import (
+from .kit.methods import Method, prepare
+from .kit.problems import (
     dense_tanh,
     jax_cell,
     layer_cell,
@@ -38,9 +41,7 @@ from problems import (
     reference,
     resnet,
 )
-from tutorial import mnist
-
-import implicitnets as inn
+from .tutorial import mnist
 
 
 SCALES = (1.0, 1e-4, 1e-8)

@@ -7,7 +7,8 @@ three seeds.
 import typing
 
 import numpy as np
-from tutorial import mnist
+
+from .tutorial import mnist
 
 
 NUM_SEEDS = 3

@@ -7,9 +7,10 @@ trained weights: cell evaluations, times, and the errors of equilibrium and grad
 import dataclasses
 
 import tyro
-from measure import bar_figure, print_table, progress, Row, save, TimingSettings
-from methods import continuous_methods, discrete_methods, prepare, time_rows
-from problems import Problem, PROBLEMS, reference
+
+from .kit.measure import bar_figure, print_table, progress, Row, save, TimingSettings
+from .kit.methods import continuous_methods, discrete_methods, prepare, time_rows
+from .kit.problems import Problem, PROBLEMS, reference
 
 
 @dataclasses.dataclass(frozen=True)

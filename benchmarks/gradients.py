@@ -20,7 +20,10 @@ import optimistix as optx
 import tyro
 from jaxtyping import Array
 from matplotlib.figure import Figure
-from measure import (
+
+import implicitnets as inn
+
+from .kit.measure import (
     compile_and_run,
     print_table,
     progress,
@@ -31,8 +34,8 @@ from measure import (
     time_calls,
     TimingSettings,
 )
-from methods import backward_products, gradient_program, Method, ROUNDING
-from problems import (
+from .kit.methods import backward_products, gradient_program, Method, ROUNDING
+from .kit.problems import (
     conv_tanh,
     dense_tanh,
     layer_cell,
@@ -42,8 +45,6 @@ from problems import (
     residuals,
     resnet,
 )
-
-import implicitnets as inn
 
 
 # Tight, so that a gradient's error is the adjoint's.

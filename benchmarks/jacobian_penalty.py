@@ -28,9 +28,10 @@ import optimistix as optx
 import tyro
 from jaxtyping import Array, Float, PRNGKeyArray
 from matplotlib.figure import Figure
-from measure import print_table, promise, Row, save, Settings
 
 import implicitnets as inn
+
+from .kit.measure import print_table, promise, Row, save, Settings
 
 
 # Many more evaluations than any of the solves needs.

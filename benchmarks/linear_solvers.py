@@ -11,8 +11,11 @@ from collections.abc import Callable
 import lineax as lx
 import optimistix as optx
 import tyro
-from gradients import prepare, TOLERANCE
-from measure import (
+
+import implicitnets as inn
+
+from .gradients import prepare, TOLERANCE
+from .kit.measure import (
     bar_figure,
     print_table,
     progress,
@@ -21,10 +24,8 @@ from measure import (
     time_calls,
     TimingSettings,
 )
-from methods import Method
-from problems import dense_tanh, linear, Problem, reference, resnet
-
-import implicitnets as inn
+from .kit.methods import Method
+from .kit.problems import dense_tanh, linear, Problem, reference, resnet
 
 
 RTOL = 1e-4

@@ -20,10 +20,19 @@ import optax
 import optimistix as optx
 import tyro
 from jaxtyping import PRNGKeyArray
-from measure import print_table, progress, promise, promise_figure, Row, save, Settings
-from tutorial import mnist
 
 import implicitnets as inn
+
+from .kit.measure import (
+    print_table,
+    progress,
+    promise,
+    promise_figure,
+    Row,
+    save,
+    Settings,
+)
+from .tutorial import mnist
 
 
 @dataclasses.dataclass(frozen=True)

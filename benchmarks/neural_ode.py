@@ -14,7 +14,20 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import tyro
-from classifier import (
+from jaxtyping import Array
+
+import implicitnets as inn
+
+from .kit.measure import (
+    bar_figure,
+    compile_and_run,
+    print_table,
+    progress,
+    Row,
+    save,
+    time_calls,
+)
+from .training.classifier import (
     Dataset,
     evaluate,
     Model,
@@ -24,18 +37,6 @@ from classifier import (
     Weights,
     WIDTH,
 )
-from jaxtyping import Array
-from measure import (
-    bar_figure,
-    compile_and_run,
-    print_table,
-    progress,
-    Row,
-    save,
-    time_calls,
-)
-
-import implicitnets as inn
 
 
 MAX_STEPS = 256

@@ -13,7 +13,10 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
-from measure import (
+
+import implicitnets as inn
+
+from .kit.measure import (
     compile_and_run,
     print_table,
     progress,
@@ -22,10 +25,8 @@ from measure import (
     time_calls,
     TimingSettings,
 )
-from methods import gradient_program, Method, prepare, time_rows, verdict
-from problems import dense_tanh, Problem, reference, residuals
-
-import implicitnets as inn
+from .kit.methods import gradient_program, Method, prepare, time_rows, verdict
+from .kit.problems import dense_tanh, Problem, reference, residuals
 
 
 RADIUS = 0.9

@@ -14,7 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from classifier import (
+
+import implicitnets as inn
+
+from .kit.measure import (
+    bar_figure,
+    compile_and_run,
+    print_table,
+    progress,
+    Row,
+    save,
+    time_calls,
+)
+from .training.classifier import (
     Dataset,
     evaluate,
     MAX_STEPS,
@@ -24,18 +36,7 @@ from classifier import (
     TrainingSettings,
     Weights,
 )
-from measure import (
-    bar_figure,
-    compile_and_run,
-    print_table,
-    progress,
-    Row,
-    save,
-    time_calls,
-)
-from tutorial import mnist
-
-import implicitnets as inn
+from .tutorial import mnist
 
 
 SKIP_WEIGHT = 5.0

@@ -17,7 +17,10 @@ import numpy as np
 import optimistix as optx
 import tyro
 from matplotlib.figure import Figure
-from measure import (
+
+import implicitnets as inn
+
+from .kit.measure import (
     bar_figure,
     print_table,
     progress,
@@ -27,7 +30,7 @@ from measure import (
     save,
     TimingSettings,
 )
-from methods import (
+from .kit.methods import (
     continuous_methods,
     discrete_methods,
     Method,
@@ -35,9 +38,7 @@ from methods import (
     prepare,
     time_rows,
 )
-from problems import dense_tanh, jax_cell, linear, Problem, PROBLEMS, reference
-
-import implicitnets as inn
+from .kit.problems import dense_tanh, jax_cell, linear, Problem, PROBLEMS, reference
 
 
 # A random network that expands has many equilibria, so no reference.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._convolution import fast_convolutions
+from ._internal.convolution import fast_convolutions
 
 
 # A module-level function, so that a solve outside `jit` is compiled once and not at

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from ._adjoint.phantom import PhantomAdjoint
 from ._deq import AbstractDeepEquilibriumNetwork
-from ._misc import check_argument
-from ._observe import AbstractObserver, observe
+from ._internal.checks import check_argument
+from ._internal.observe import AbstractObserver, observe
 from ._solution import EquilibriumSolution
 
 

@@ -15,14 +15,9 @@ from ._adjoint.detach import detach
 from ._adjoint.implicit import ImplicitAdjoint
 from ._adjoint.report import AdjointReport, with_probe
 from ._cell import call_cell, cell_residual, check_state
-from ._misc import (
-    check_number,
-    keyword,
-    tree_all_finite,
-    tree_astype,
-    working_dtype,
-)
-from ._parametrise import resolve
+from ._internal.checks import check_number, keyword
+from ._internal.parametrise import resolve
+from ._internal.pytree import tree_all_finite, tree_astype, working_dtype
 from ._solution import EquilibriumSolution
 from ._solver.anderson import AndersonAcceleration
 from ._solver.progress import divergence_bound

@@ -8,10 +8,10 @@ import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._adjoint.implicit import ImplicitAdjoint
-from ._convolution import fast_convolutions
-from ._misc import working_dtype
-from ._observe import AbstractObserver, observe
-from ._parametrise import resolve
+from ._internal.convolution import fast_convolutions
+from ._internal.observe import AbstractObserver, observe
+from ._internal.parametrise import resolve
+from ._internal.pytree import working_dtype
 
 
 class ResidualTrace(eqx.Module):

@@ -11,9 +11,9 @@ import optimistix as optx
 from jaxtyping import Array, PRNGKeyArray, PyTree, ScalarLike
 
 from ._cell import cell_residual, check_state
-from ._misc import (
-    check_number,
-    keyword,
+from ._internal.checks import check_number, keyword
+from ._internal.parametrise import resolve
+from ._internal.pytree import (
     tree_all_finite,
     tree_astype,
     tree_cast_like,
@@ -28,7 +28,6 @@ from ._multiscale import (
     State,
     zero_state,
 )
-from ._parametrise import resolve
 from ._solution import EquilibriumSolution
 from ._solver.adams import VCABM3
 

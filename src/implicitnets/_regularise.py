@@ -8,8 +8,9 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from ._misc import check_argument, tree_dot, tree_normal, working_dtype
-from ._parametrise import resolve
+from ._internal.checks import check_argument
+from ._internal.parametrise import resolve
+from ._internal.pytree import tree_dot, tree_normal, working_dtype
 from ._solution import EquilibriumSolution
 
 

@@ -9,10 +9,11 @@ import jax.random as jr
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from ._convolution import fast_convolutions
-from ._krylov import arnoldi
-from ._misc import check_argument, working_dtype
-from ._parametrise import resolve
+from ._internal.checks import check_argument
+from ._internal.convolution import fast_convolutions
+from ._internal.krylov import arnoldi
+from ._internal.parametrise import resolve
+from ._internal.pytree import working_dtype
 
 
 def spectral_radius(

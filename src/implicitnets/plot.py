@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from ._diagnose import ResidualTrace
-from ._parametrise import resolve as _resolve
+from ._internal.parametrise import resolve as _resolve
 from ._solution import EquilibriumSolution
 
 

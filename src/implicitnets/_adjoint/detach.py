@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._loop import while_loop
+from .._internal.loop import while_loop
 
 
 _AUX_MESSAGE = (

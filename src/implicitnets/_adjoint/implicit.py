@@ -8,8 +8,8 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree
 
+from .._internal.pytree import tree_all_finite
 from .._linear_solver.gmres import GivensGMRES
-from .._misc import tree_all_finite
 from .report import AbstractReportingAdjoint, AdjointReport
 from .root import AbstractInversion, differentiate_root
 

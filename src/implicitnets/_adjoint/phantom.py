@@ -4,7 +4,8 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import ScalarLike
 
-from .._misc import check_integer, check_number, working_dtype
+from .._internal.checks import check_integer, check_number
+from .._internal.pytree import working_dtype
 from .detach import close_aux, detached_solve, substitute
 
 

@@ -7,9 +7,10 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Int, PyTree, ScalarLike
 
-from .._loop import while_loop
-from .._misc import check_number, tree_cast_like, working_dtype
-from .._observe import observed
+from .._internal.checks import check_number
+from .._internal.loop import while_loop
+from .._internal.observe import observed
+from .._internal.pytree import tree_cast_like, working_dtype
 from .._solver.reversible import ReversibleFixedPoint, ReversibleState, start_pair
 from .detach import close_aux, detach, substitute
 from .implicit import ImplicitAdjoint

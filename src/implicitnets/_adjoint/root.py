@@ -11,8 +11,8 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
-from .._loop import while_loop
-from .._misc import tree_cast_like, tree_dot, working_dtype
+from .._internal.loop import while_loop
+from .._internal.pytree import tree_cast_like, tree_dot, working_dtype
 from .detach import close_aux
 from .report import AdjointReport, result_number
 

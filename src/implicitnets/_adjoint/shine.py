@@ -7,8 +7,8 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree
 
+from .._internal.checks import check_integer
 from .._linear_solver.gmres import GivensGMRES
-from .._misc import check_integer
 from .._solver.broyden import Broyden, BroydenState, inverse_jacobian
 from .report import AbstractReportingAdjoint, AdjointReport
 from .root import AbstractInversion, differentiate_root

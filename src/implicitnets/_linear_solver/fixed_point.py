@@ -7,14 +7,9 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._loop import while_loop
-from .._misc import (
-    check_hyperparameter,
-    check_integer,
-    tree_astype,
-    tree_cast_like,
-    working_dtype,
-)
+from .._internal.checks import check_hyperparameter, check_integer
+from .._internal.loop import while_loop
+from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
 from .matrix_free import AbstractMatrixFreeSolver
 
 

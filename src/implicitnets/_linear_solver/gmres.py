@@ -10,15 +10,16 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
-from .._history import (
+from .._internal.checks import check_integer, check_tolerances
+from .._internal.history import (
     empty_history,
     history_combine,
     history_dot,
     history_get,
     history_set,
 )
-from .._loop import Unfrozen, while_loop
-from .._misc import check_integer, check_tolerances, tree_dot, working_dtype
+from .._internal.loop import Unfrozen, while_loop
+from .._internal.pytree import tree_dot, working_dtype
 from .matrix_free import AbstractMatrixFreeSolver
 
 

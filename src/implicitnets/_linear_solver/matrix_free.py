@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree
 
-from .._misc import check_options
+from .._internal.checks import check_options
 
 
 class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):

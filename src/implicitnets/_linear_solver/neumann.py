@@ -4,13 +4,8 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import ScalarLike
 
-from .._misc import (
-    check_integer,
-    check_number,
-    tree_astype,
-    tree_cast_like,
-    working_dtype,
-)
+from .._internal.checks import check_integer, check_number
+from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
 from .matrix_free import AbstractMatrixFreeSolver
 
 

@@ -8,13 +8,15 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree, Scalar, ScalarLike
 
-from .._history import empty_history, history_combine, history_dot, history_set
-from .._loop import materialise, Unfrozen
-from .._misc import (
+from .._internal.checks import (
     check_integer,
     check_number,
     check_options,
     check_tolerances,
+)
+from .._internal.history import empty_history, history_combine, history_dot, history_set
+from .._internal.loop import materialise, Unfrozen
+from .._internal.pytree import (
     tree_cast_like,
     tree_dot,
     tree_ravel,

@@ -8,22 +8,21 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
-from .._history import (
+from .._internal.checks import (
+    check_hyperparameter,
+    check_integer,
+    check_options,
+    check_tolerances,
+)
+from .._internal.history import (
     empty_history,
     history_combine,
     history_dot,
     history_get,
     history_set,
 )
-from .._loop import Unfrozen
-from .._misc import (
-    check_hyperparameter,
-    check_integer,
-    check_options,
-    check_tolerances,
-    tree_dot,
-    working_dtype,
-)
+from .._internal.loop import Unfrozen
+from .._internal.pytree import tree_dot, working_dtype
 from .progress import Progress, start_progress
 
 

@@ -9,17 +9,15 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
-from .._linear_solver.gmres import GivensGMRES
-from .._loop import Unfrozen
-from .._misc import (
+from .._internal.checks import (
     check_hyperparameter,
     check_number,
     check_options,
     check_tolerances,
-    tree_all_finite,
-    tree_dot,
-    working_dtype,
 )
+from .._internal.loop import Unfrozen
+from .._internal.pytree import tree_all_finite, tree_dot, working_dtype
+from .._linear_solver.gmres import GivensGMRES
 from .progress import Progress, start_progress
 
 

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
-from .._misc import tree_astype, working_dtype
+from .._internal.pytree import tree_astype, working_dtype
 
 
 _Y = TypeVar("_Y", bound=PyTree[Array])

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
-from .._misc import check_number
+from .._internal.checks import check_number
 
 
 class PseudoTransient(dfx.AbstractStepSizeController):

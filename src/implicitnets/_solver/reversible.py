@@ -6,14 +6,8 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
-from .._misc import (
-    check_number,
-    check_options,
-    check_tolerances,
-    tree_astype,
-    tree_cast_like,
-    working_dtype,
-)
+from .._internal.checks import check_number, check_options, check_tolerances
+from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
 from .progress import Progress, start_progress
 
 

@@ -11,19 +11,12 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
-from .._convolution import fast_convolutions
-from .._krylov import leading_eigenvector, starting_vector
-from .._loop import materialise, Unfrozen
-from .._misc import (
-    check_number,
-    check_options,
-    check_tolerances,
-    tree_astype,
-    tree_cast_like,
-    tree_dot,
-    working_dtype,
-)
-from .._parametrise import resolve
+from .._internal.checks import check_number, check_options, check_tolerances
+from .._internal.convolution import fast_convolutions
+from .._internal.krylov import leading_eigenvector, starting_vector
+from .._internal.loop import materialise, Unfrozen
+from .._internal.parametrise import resolve
+from .._internal.pytree import tree_astype, tree_cast_like, tree_dot, working_dtype
 from .progress import Progress, start_progress
 
 

@@ -8,15 +8,14 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
-from .._loop import Unfrozen
-from .._misc import (
+from .._internal.checks import (
     check_hyperparameter,
     check_number,
     check_options,
     check_tolerances,
-    tree_all_finite,
-    working_dtype,
 )
+from .._internal.loop import Unfrozen
+from .._internal.pytree import tree_all_finite, working_dtype
 from .adams import VCABM3
 from .progress import Progress, start_progress
 from .pseudo_transient import PseudoTransient

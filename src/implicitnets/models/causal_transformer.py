@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
-from .._misc import check_argument, check_hyperparameter
+from .._internal.checks import check_argument, check_hyperparameter
 from .._solver.broyden import Broyden
 from ..nn import VariationalDropout
 from ._model import AbstractModel

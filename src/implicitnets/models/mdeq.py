@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
-from .._misc import check_hyperparameter
+from .._internal.checks import check_hyperparameter
 from .._multiscale import MultiScaleCell
 from .._solver.broyden import Broyden
 from ..nn import VariationalDropout, weight_norm

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
-from .._misc import check_hyperparameter
+from .._internal.checks import check_hyperparameter
 from .._solution import EquilibriumSolution
 from .._solver.anderson import AndersonAcceleration
 from ..nn import VariationalDropout, weight_norm

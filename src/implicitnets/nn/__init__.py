@@ -1,4 +1,4 @@
-from .._parametrise import (
+from .._internal.parametrise import (
     AbstractParametrisation as AbstractParametrisation,
     resolve as resolve,
 )

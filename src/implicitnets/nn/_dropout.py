@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray, ScalarLike
 
-from .._misc import check_number, working_dtype
+from .._internal.checks import check_number
+from .._internal.pytree import working_dtype
 
 
 class VariationalDropout(eqx.Module):

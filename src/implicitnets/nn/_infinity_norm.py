@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ScalarLike
 
-from .._misc import check_number, working_dtype
-from .._parametrise import (
+from .._internal.checks import check_number
+from .._internal.parametrise import (
     AbstractParametrisation,
     Filter,
     is_parametrisation,
     parametrise,
     resolve,
 )
+from .._internal.pytree import working_dtype
 from ._weight_norm import LINEAR_LAYERS
 
 

@@ -11,9 +11,10 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Complex, Float, PRNGKeyArray, Scalar, ScalarLike
 
+from .._internal.checks import check_argument
+from .._internal.parametrise import AbstractParametrisation, resolve
+from .._internal.pytree import working_dtype
 from .._linear_solver.gmres import GivensGMRES
-from .._misc import check_argument, working_dtype
-from .._parametrise import AbstractParametrisation, resolve
 from .._solver.splitting import AbstractMonotoneCell
 
 

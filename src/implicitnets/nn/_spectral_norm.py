@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, ScalarLike
 
-from .._convolution import fast_convolutions
-from .._krylov import leading_eigenvector, starting_vector
-from .._misc import check_integer, check_number, working_dtype
-from .._parametrise import (
+from .._internal.checks import check_integer, check_number
+from .._internal.convolution import fast_convolutions
+from .._internal.krylov import leading_eigenvector, starting_vector
+from .._internal.parametrise import (
     AbstractParametrisation,
     Filter,
     parametrise,
     replace_weight,
     resolve,
 )
+from .._internal.pytree import working_dtype
 from ._weight_norm import LINEAR_LAYERS
 
 

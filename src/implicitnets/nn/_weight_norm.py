@@ -4,8 +4,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._misc import working_dtype
-from .._parametrise import AbstractParametrisation, Filter, parametrise, resolve
+from .._internal.parametrise import (
+    AbstractParametrisation,
+    Filter,
+    parametrise,
+    resolve,
+)
+from .._internal.pytree import working_dtype
 
 
 _Cell = TypeVar("_Cell")

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._misc import check_argument
-from .._parametrise import AbstractParametrisation, resolve
+from .._internal.checks import check_argument
+from .._internal.parametrise import AbstractParametrisation, resolve
 from ._infinity_norm import InfinityNorm
 
 

@@ -1,0 +1,225 @@
+"""The fully connected classifier of Pal et al., with any layer in its middle.
+
+784-128-10, with the cell `relu(W z) + relu(U x)`. The sizes, the loss and the optimiser
+are those of the authors' script (*Mixing Implicit and Explicit Deep Learning with Skip
+DEQs and Infinite Time Neural ODEs*, 2022; SciML/DeepEquilibriumNetworks.jl,
+`experiments/mnist/mnist_fc.jl` at f65e24d). The weights are apart from the layer, so
+that layers of every kind can be trained, and compared at the same weights.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import optimistix as optx
+from jaxtyping import Array, Float, Int
+
+import implicitnets as inn
+
+from ..kit.measure import TimingSettings
+from ..tutorial import mnist
+
+
+WIDTH = 128
+NUM_CLASSES = 10
+# The paper's, relative and absolute.
+TOLERANCE = 5e-3
+MAX_STEPS = 50
+
+Dataset = Literal["digits", "fashion_mnist"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings(TimingSettings):
+    """The options of the scripts that train the classifier."""
+
+    steps: int = 1000
+    """Training steps of every row."""
+    batch_size: int = 32
+    """Examples in a training step."""
+    seeds: int = 3
+    """How many times to train, with other weights and batches."""
+    train_size: int | None = None
+    """Train on so many images only."""
+    test_size: int = 1000
+    """Test on at most so many images."""
+    data_dir: pathlib.Path | None = None
+    """The folder with the files of Fashion-MNIST; without it there are only the digits
+    that come with scikit-learn."""
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """Those that there are."""
+        return ("digits",) if self.data_dir is None else ("digits", "fashion_mnist")
+
+    def load(self, dataset: Dataset) -> tuple[mnist.Images, mnist.Images]:
+        """The training set and the test set."""
+        return mnist.load(
+            mnist.Config(
+                dataset=dataset,
+                data_dir=None if dataset == "digits" else self.data_dir,
+                train_size=self.train_size,
+                test_size=self.test_size,
+            )
+        )
+
+
+class Cell(eqx.Module):
+    """`relu(W z) + relu(U x)`."""
+
+    state: eqx.nn.Linear
+    inject: eqx.nn.Linear
+
+    def __call__(self, z: Float[Array, " width"], x: Float[Array, " width"]) -> Array:
+        """The next state."""
+        return jax.nn.relu(self.state(z)) + jax.nn.relu(self.inject(x))
+
+
+class Weights(eqx.Module):
+    """All that is trained. `start` predicts the equilibrium, in a Skip DEQ only."""
+
+    stem: eqx.nn.Linear
+    cell: Cell
+    start: eqx.nn.Linear
+    head: eqx.nn.Linear
+
+    def __init__(self, num_pixels: int, *, key: Array):
+        stem, state, inject, start, head = jr.split(key, 5)
+        linear = eqx.nn.Linear
+        self.stem = linear(num_pixels, WIDTH, key=stem)
+        self.cell = Cell(
+            linear(WIDTH, WIDTH, use_bias=False, key=state),
+            linear(WIDTH, WIDTH, use_bias=False, key=inject),
+        )
+        self.start = linear(WIDTH, WIDTH, key=start)
+        self.head = linear(WIDTH, NUM_CLASSES, key=head)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A layer for the middle of the classifier, and the penalties it is trained with.
+
+    `layer(weights)` is the layer with the weights' cell.
+    """
+
+    name: str
+    layer: Callable[[Weights], Any]
+    skip_weight: float = 0.0
+    jacobian_weight: float = 0.0
+
+    def solve(self, weights: Weights, images: Array) -> inn.EquilibriumSolution:
+        """The layer's states for a batch of images."""
+
+        def one(image):
+            x = jax.nn.relu(weights.stem(jnp.ravel(image)))
+            return self.layer(weights).solve(x)
+
+        return jax.vmap(one)(images)
+
+    def loss(
+        self,
+        weights: Weights,
+        images: Float[Array, "batch ..."],
+        labels: Int[Array, " batch"],
+        key: Array,
+    ) -> Array:
+        """The cross entropy, and the penalties."""
+        solution = self.solve(weights, images)
+        logits = jax.vmap(weights.head)(solution.z_star)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        loss = jnp.mean(losses)
+        if self.skip_weight > 0:
+            distance = jnp.mean(jnp.abs(solution.z_star - solution.z0))
+            loss = loss + self.skip_weight * distance
+        if self.jacobian_weight > 0:
+            # This cell's Jacobian does not depend on the input.
+            penalties = jax.vmap(
+                lambda z, key: inn.jacobian_penalty(weights.cell, z, z, key=key)
+            )(solution.z_star, jr.split(key, len(images)))
+            loss = loss + self.jacobian_weight * jnp.mean(penalties)
+        return loss
+
+
+def train(
+    config: TrainingSettings, model: Model, train_set: mnist.Images
+) -> tuple[Weights, float]:
+    """Train a model from every seed, all at once.
+
+    **Arguments:**
+
+    - `config`: how long, and how many seeds.
+    - `model`: what to train.
+    - `train_set`: the images and labels.
+
+    **Returns:**
+
+    The weights, with a leading axis for the seeds, and the seconds of a training step,
+    without compilation.
+    """
+    images, labels = jnp.asarray(train_set.images), jnp.asarray(train_set.labels)
+    schedule = optax.cosine_decay_schedule(1e-3, config.steps, alpha=1e-3)
+    optimiser = optax.adamw(schedule, weight_decay=2.5e-6)
+
+    def run(key, images, labels):
+        weights_key, key = jr.split(key)
+        weights: Any = Weights(images[0].size, key=weights_key)
+
+        def step(carry, key):
+            weights, state = carry
+            batch_key, key = jr.split(key)
+            batch = jr.randint(batch_key, (config.batch_size,), 0, len(images))
+            gradient = jax.grad(model.loss)(weights, images[batch], labels[batch], key)
+            updates, state = optimiser.update(gradient, state, weights)
+            return (eqx.apply_updates(weights, updates), state), None
+
+        carry = weights, optimiser.init(weights)
+        (weights, _), _ = lax.scan(step, carry, jr.split(key, config.steps))
+        return weights
+
+    arguments = jr.split(jr.key(0), config.seeds), images, labels
+    compiled = jax.jit(jax.vmap(run, (0, None, None))).lower(*arguments).compile()
+    start = time.perf_counter()
+    weights = jax.block_until_ready(compiled(*arguments))
+    return weights, (time.perf_counter() - start) / config.steps
+
+
+def evaluate(
+    model: Model, weights: Weights, test_set: mnist.Images
+) -> dict[str, Float[Array, " seed"]]:
+    """What a model does on a test set.
+
+    **Arguments:**
+
+    - `model`: what to test.
+    - `weights`: those of one or more seeds, with a leading axis for them.
+    - `test_set`: the images and labels.
+
+    **Returns:**
+
+    For every seed the accuracy, the mean evaluations of the cell to solve an example,
+    the share of solves that were successful, and the median relative residual.
+    """
+    images, labels = jnp.asarray(test_set.images), jnp.asarray(test_set.labels)
+
+    def run(weights):
+        solution = model.solve(weights, images)
+        predicted = jnp.argmax(jax.vmap(weights.head)(solution.z_star), axis=1)
+        norm = jax.vmap(optx.two_norm)
+        # The value of the cell is the state and the residual.
+        relative = norm(solution.residual) / norm(solution.z_star + solution.residual)
+        return {
+            "accuracy": jnp.mean(predicted == labels),
+            "evaluations": jnp.mean(solution.stats["nfe"]),
+            "converged": jnp.mean(solution.result == optx.RESULTS.successful),
+            "residual": jnp.median(relative),
+        }
+
+    return jax.jit(jax.vmap(run))(weights)

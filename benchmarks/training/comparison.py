@@ -1,0 +1,81 @@
+"""Train models for as many steps of the same batches, to compare them."""
+
+import statistics
+import time
+
+import jax
+
+from ..kit.measure import progress, Row
+from .config import Config
+from .data import Data
+from .metrics import means, Metrics
+from .networks import num_parameters
+from .trainer import Trainer
+
+
+# Training steps that a point of a curve is the mean of.
+WINDOW = 20
+
+
+def train(
+    config: Config, data: Data, name: str
+) -> tuple[Row, dict[str, float], list[Metrics]]:
+    """Train a model and test it.
+
+    **Arguments:**
+
+    - `config`: the model, and how to train it.
+    - `data`: what to train and test on.
+    - `name`: of the model.
+
+    **Returns:**
+
+    Its row of a table, in which the time of a step is without compilation, and that of
+    the steps after the pretraining if there are any; what the test found; and the
+    metrics of every step.
+    """
+    trainer = Trainer(config, data)
+    plan = trainer.plan
+    first_timed = plan.pretraining_steps % plan.total_steps
+    state, history, compiled, start = trainer.start(), [], 0.0, 0.0
+    for step in progress(range(plan.total_steps), name):
+        if step == first_timed:
+            jax.block_until_ready(state.step)
+            compiled, start = trainer.compile_seconds, time.perf_counter()
+        state, metrics = trainer.train_step(state, step)
+        history.append(metrics)
+    jax.block_until_ready(state.step)
+    seconds = time.perf_counter() - start - (trainer.compile_seconds - compiled)
+    found = trainer.test(state)
+    memory = trainer.training_memory(state.network.layer.fixed_depth)
+    row = {
+        "model": name,
+        "parameters": num_parameters(state.network),
+        "evaluations": found["evaluations"],
+        "residual": found["residual"],
+        "spectral radius": found["spectral_radius_mean"],
+        "training step (ms)": 1e3 * seconds / (plan.total_steps - first_timed),
+        "training memory (MB)": 1e-6 * memory,
+    }
+    return row, found, history
+
+
+def curve(name: str, histories: list[list[Metrics]], *columns: str) -> list[Row]:
+    """How some metrics went in the course of a training, or in the mean of several.
+
+    **Arguments:**
+
+    - `name`: of the model.
+    - `histories`: the metrics of every step of every training.
+    - `columns`: which metrics.
+
+    **Returns:**
+
+    A row for so many steps as are taken together.
+    """
+    rows = []
+    for start in range(0, len(histories[0]) - WINDOW + 1, WINDOW):
+        found = [means(history[start:][:WINDOW]) for history in histories]
+        row = {c: statistics.mean(metrics[c] for metrics in found) for c in columns}
+        rows.append({"model": name, "training step": start + WINDOW, **row})
+    return rows

@@ -1,0 +1,447 @@
+"""The training script's data: what is read, in which order, and what is refused."""
+
+import dataclasses
+import gzip
+import http.client
+import pickle
+import struct
+import zlib
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.training import data
+from benchmarks.training.data import (
+    DataError,
+    DataOptions,
+    Examples,
+    IGNORED,
+    load,
+    Text,
+)
+
+
+pytestmark = pytest.mark.one_precision
+
+
+def refused(sentence, **options):
+    with pytest.raises(DataError, match=sentence) as error:
+        load(DataOptions(**options))
+    assert "\n" not in str(error.value)
+
+
+# The order of the data.
+
+
+def make_examples(size):
+    return Examples(
+        np.arange(size, dtype=np.float32)[:, None], np.arange(size, dtype=np.int32)
+    )
+
+
+def epoch_of(examples, epoch, seed=0):
+    steps = range(4 * epoch, 4 * (epoch + 1))
+    return np.concatenate([examples.training_batch(s, 5, seed)[1] for s in steps])
+
+
+def test_epoch_has_every_example_once():
+    examples = make_examples(23)
+    assert examples.steps_per_epoch(5) == 4
+    orders = [epoch_of(examples, 0), epoch_of(examples, 1), epoch_of(examples, 0, 1)]
+    for order in orders:
+        assert len(set(order)) == 20
+    assert not np.array_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[0], orders[2])
+    # A run that starts at a later step sees what it would have seen.
+    np.testing.assert_array_equal(epoch_of(make_examples(23), 1), orders[1])
+
+
+def test_last_test_batch_is_filled_with_ignored_examples():
+    inputs, targets = zip(*make_examples(7).test_batches(3), strict=True)
+    assert {x.shape for x in inputs} == {(3, 1)}
+    targets = np.concatenate(targets)
+    np.testing.assert_array_equal(targets, [0, 1, 2, 3, 4, 5, 6, IGNORED, IGNORED])
+
+
+def test_rest_of_an_epoch():
+    examples = dataclasses.replace(make_examples(23), keep_rest=True)
+    assert examples.steps_per_epoch(5) == 5
+    batches = [examples.training_batch(step, 5, 0) for step in range(5)]
+    assert {inputs.shape for inputs, _ in batches} == {(5, 1)}
+    targets = np.concatenate([targets for _, targets in batches])
+    np.testing.assert_array_equal(np.sort(targets[:23]), np.arange(23))
+    np.testing.assert_array_equal(targets[23:], [IGNORED, IGNORED])
+    np.testing.assert_array_equal(examples.targets, np.arange(23))
+
+
+def test_too_few_examples():
+    with pytest.raises(DataError, match="7 examples, fewer than one batch of 8"):
+        make_examples(7).steps_per_epoch(8)
+
+
+def test_streams_of_text_go_on_where_they_stopped():
+    text = Text(np.arange(32, dtype=np.int32), length=5)
+    assert text.steps_per_epoch(3) == 2
+    first, second, again = (text.training_batch(step, 3, 0) for step in range(3))
+    np.testing.assert_array_equal(first[0][:, 0], [0, 10, 20])
+    np.testing.assert_array_equal(second[0][:, 0], first[1][:, -1])
+    np.testing.assert_array_equal(second[1], second[0] + 1)
+    np.testing.assert_array_equal(first, again)
+    with pytest.raises(DataError, match="32 tokens, too few"):
+        text.steps_per_epoch(7)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_every_token_is_tested_once(batch_size):
+    text = Text(np.arange(30, dtype=np.int32), length=4)
+    inputs, targets = zip(*text.test_batches(batch_size), strict=True)
+    inputs, targets = np.concatenate(inputs), np.concatenate(targets)
+    counts = targets != IGNORED
+    np.testing.assert_array_equal(np.sort(targets[counts]), np.arange(1, 30))
+    np.testing.assert_array_equal(inputs[counts] + 1, targets[counts])
+
+
+# Images.
+
+
+def test_digits():
+    digits = load(DataOptions(train_size=100))
+    assert digits.input_shape == (1, 8, 8) and digits.target_shape == ()
+    assert len(digits.train) == 100 and len(digits.test) == 360
+    assert digits.num_classes == 10
+    other = load(DataOptions(train_size=99))
+    assert digits.facts() != other.facts()
+    assert digits.facts() == load(DataOptions(train_size=100)).facts()
+
+
+def test_standardise():
+    digits = load(DataOptions(standardise=True))
+    images, _ = digits.train.training_batch(0, len(digits.train), 0)
+    assert images.dtype == np.float32
+    np.testing.assert_allclose([images.mean(), images.std()], [0, 1], atol=1e-4)
+
+
+def test_shift_and_mirror():
+    rng = np.random.default_rng(0)
+    images = rng.random((40, 2, 6, 5))
+    # A mask that says which pixel it is, in the first of the channels.
+    masks = np.arange(images[:, 0].size, dtype=np.int32).reshape(40, 6, 5)
+    images[:, 0] = 1 + masks
+    moved, moved_masks = data.shift_and_mirror(images, masks, rng)
+    assert moved.shape == images.shape
+    np.testing.assert_array_equal(moved[:, 0], 1 + moved_masks)
+    assert np.min(moved_masks) == IGNORED
+    mirrored = 0
+    for image, result in zip(images, moved, strict=True):
+        padded = np.pad(image, ((0, 0), (4, 4), (4, 4)))
+        windows = [padded[:, i : i + 6, j : j + 5] for i in range(9) for j in range(9)]
+        straight = any(np.array_equal(result, window) for window in windows)
+        flipped = any(np.array_equal(result, window[..., ::-1]) for window in windows)
+        assert straight or flipped
+        mirrored += flipped
+    assert 10 < mirrored < 30
+
+
+@pytest.mark.parametrize("option", ["augment", "standardise"])
+def test_only_images_are_augmented_and_standardised(tmp_path, option):
+    (path := tmp_path / "text").write_text("hello\nworld\n" * 5)
+    for options in (dict(dataset="copy_memory"), dict(dataset="text", data_dir=path)):
+        refused("Only images can be", **options, **{option: True})
+
+
+def test_augmentation_depends_on_the_step_alone():
+    digits = load(DataOptions(augment=True)).train
+    one, again = digits.training_batch(50, 8, 0)[0], digits.training_batch(50, 8, 0)[0]
+    np.testing.assert_array_equal(one, again)
+
+
+def test_grey_images_of_a_wrong_size(tmp_path):
+    for split in ("train", "t10k"):
+        header = struct.pack(">IIII", 0x803, 2, 20, 20)
+        path = tmp_path / f"{split}-images-idx3-ubyte"
+        path.write_bytes(header + bytes(2 * 400))
+        labels = struct.pack(">II", 0x801, 2) + bytes(2)
+        path = tmp_path / f"{split}-labels-idx1-ubyte.gz"
+        path.write_bytes(gzip.compress(labels))
+    refused("20 x 20 pixels, where mnist has 28", dataset="mnist", data_dir=tmp_path)
+
+
+CIFAR10 = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (6, 2, 3072), np.uint8)
+
+
+@pytest.fixture
+def cifar10(tmp_path, pixels):
+    for name, images in zip(CIFAR10, pixels, strict=True):
+        content = {b"data": images, b"labels": [3, 9]}
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    return tmp_path
+
+
+def test_cifar10(cifar10, pixels):
+    images = load(DataOptions("cifar10", cifar10))
+    assert images.input_shape == (3, 32, 32) and images.num_classes == 10
+    assert len(images.train) == 10 and len(images.test) == 2
+    inputs, targets = next(images.test.test_batches(2))
+    np.testing.assert_allclose(inputs.reshape(2, -1), pixels[5] / 255, rtol=1e-6)
+    np.testing.assert_array_equal(targets, [3, 9])
+    # The binary version has the same content.
+    for name, part in zip(CIFAR10, pixels, strict=True):
+        records = np.concatenate([np.uint8([[3], [9]]), part], axis=1)
+        (cifar10 / name).unlink()
+        (cifar10 / f"{name}.bin").write_bytes(records.tobytes())
+    assert load(DataOptions("cifar10", cifar10)).facts() == images.facts()
+
+
+def test_cifar100(tmp_path, pixels):
+    content = {b"data": pixels[0], b"fine_labels": [3, 99], b"coarse_labels": [1, 2]}
+    (tmp_path / "train").write_bytes(pickle.dumps(content))
+    records = np.concatenate([np.uint8([[1, 3], [2, 99]]), pixels[0]], axis=1)
+    (tmp_path / "test.bin").write_bytes(records.tobytes())
+    images = load(DataOptions("cifar100", tmp_path))
+    assert images.num_classes == 100
+    np.testing.assert_array_equal(images.train.targets, images.test.targets)
+    np.testing.assert_array_equal(images.train.inputs, images.test.inputs)
+
+
+class Mischief:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit",))
+
+
+def cifar_content(images=((0,) * 3072,) * 2, labels=(3, 9)):
+    return {b"data": np.array(images, np.uint8), b"labels": list(labels)}
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (None, "has no file data_batch_2 or data_batch_2.bin"),
+        (b"", "data_batch_2 cannot be read"),
+        (pickle.dumps(cifar_content())[:-100], "data_batch_2 cannot be read"),
+        (b"<html>404</html>", "data_batch_2 cannot be read"),
+        (pickle.dumps(Mischief()), "exec is no array"),
+        (pickle.dumps({b"data": np.zeros(3)}), "data_batch_2 cannot be read"),
+        (pickle.dumps(cifar_content(labels=[1])), "has images of shape"),
+        (pickle.dumps(cifar_content(images=[[0]])), "has images of shape"),
+        (pickle.dumps(cifar_content(labels=[1, 10])), "labels from 1 to 10"),
+    ],
+)
+def test_damaged_cifar(cifar10, content, sentence):
+    (path := cifar10 / "data_batch_2").unlink()
+    if content is not None:
+        path.write_bytes(content)
+    refused(sentence, dataset="cifar10", data_dir=cifar10)
+
+
+def test_damaged_binary_cifar(cifar10):
+    (cifar10 / "data_batch_1").unlink()
+    (cifar10 / "data_batch_1.bin").write_bytes(bytes(3072))
+    refused("not a whole number of images", dataset="cifar10", data_dir=cifar10)
+
+
+def test_cifar_is_fetched(monkeypatch):
+    def fetch_openml(**options):
+        assert options["data_id"] == 40927
+        return np.full((12, 3072), 255.0), np.array(["3"] * 12)
+
+    monkeypatch.setattr(data, "fetch_openml", fetch_openml)
+    images = load(DataOptions("cifar10"))
+    assert len(images.train) == 10 and len(images.test) == 2
+    assert next(images.test.test_batches(1))[0].max() == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        URLError("no network"),
+        EOFError("the compressed file ended"),
+        zlib.error("invalid stored block lengths"),
+        http.client.IncompleteRead(b""),
+        ValueError("a checksum is wrong"),
+    ],
+)
+def test_no_network_or_a_damaged_download(monkeypatch, error):
+    def fetch_openml(*_, **options):
+        raise error
+
+    for module, dataset in ((data, "cifar100"), (data.mnist, "kmnist")):
+        monkeypatch.setattr(module, "fetch_openml", fetch_openml)
+        refused(f"{dataset} could not be fetched", dataset=dataset)
+
+
+def test_download_of_another_shape(monkeypatch):
+    def fetch_openml(**options):
+        return np.zeros((2, 3071)), np.array(["3", "3"])
+
+    monkeypatch.setattr(data, "fetch_openml", fetch_openml)
+    refused("cifar10 could not be fetched", dataset="cifar10")
+
+
+# Segmentation.
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def masks(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, size in (("train", 3), ("test", 2)):
+        for i in range(size):
+            image = rng.integers(0, 256, (6, 8, 3), np.uint8)
+            mask = rng.integers(0, 4, (6, 8), np.uint8)
+            mask[0, :2] = 255, 3
+            save(tmp_path / split / "images" / f"{i}.png", image)
+            save(tmp_path / split / "masks" / f"{i}.png", mask)
+    return tmp_path
+
+
+def test_segmentation(masks):
+    pairs = load(DataOptions("segmentation", masks))
+    assert pairs.input_shape == (3, 6, 8) and pairs.target_shape == (6, 8)
+    assert len(pairs.train) == 3 and len(pairs.test) == 2
+    assert pairs.num_classes == 4
+    assert set(pairs.train.targets[:, 0, 0]) == {IGNORED}
+    image = np.asarray(Image.open(masks / "test" / "images" / "1.png"))
+    np.testing.assert_array_equal(pairs.test.inputs[1], image.transpose(2, 0, 1))
+    resized = load(DataOptions("segmentation", masks, image_size=(3, 4)))
+    assert resized.input_shape == (3, 3, 4)
+    assert set(np.unique(resized.train.targets)) <= set(range(-1, 4))
+
+
+def test_masks_without_a_class(masks):
+    for path in (masks / "test" / "masks").iterdir():
+        save(path, np.full((6, 8), 255, np.uint8))
+    refused(
+        "test set of segmentation has no target",
+        dataset="segmentation",
+        data_dir=masks,
+    )
+
+
+def damage_no_mask(folder):
+    (folder / "masks" / "1.png").unlink()
+
+
+def damage_no_images(folder):
+    for path in (folder / "images").iterdir():
+        path.unlink()
+
+
+def damage_truncated(folder):
+    path = folder / "images" / "1.png"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def damage_other_format(folder):
+    (folder / "images" / "1.png").write_text("<html>404</html>")
+
+
+def damage_colours(folder):
+    save(folder / "masks" / "1.png", np.zeros((6, 8, 3), np.uint8))
+
+
+def damage_mask_size(folder):
+    save(folder / "masks" / "1.png", np.zeros((6, 7), np.uint8))
+
+
+def damage_sizes(folder):
+    for kind, shape in (("images", (5, 8, 3)), ("masks", (5, 8))):
+        save(folder / kind / "1.png", np.zeros(shape, np.uint8))
+
+
+def damage_classes(folder):
+    save(folder / "masks" / "1.png", np.full((6, 8), 9, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (damage_no_mask, "masks has no mask for 1.png"),
+        (damage_no_images, "images has no images"),
+        (damage_truncated, "images/1.png cannot be read as an image"),
+        (damage_other_format, "images/1.png cannot be read as an image"),
+        (damage_colours, "masks/1.png has colours"),
+        (damage_mask_size, "masks/1.png is not of the size of its image"),
+        (damage_sizes, "images/1.png is not of the size of 0.png"),
+        (damage_classes, "has a class 9, where the training masks have 4"),
+    ],
+)
+def test_damaged_segmentation(masks, damage, sentence):
+    damage(masks / "test")
+    refused(sentence, dataset="segmentation", data_dir=masks)
+
+
+# Text.
+
+
+def test_characters(tmp_path):
+    (path := tmp_path / "text").write_text("hello\nworld\n" * 5)
+    text = load(DataOptions("text", path, level="character", sequence_length=3))
+    assert len(text.train) == 54 and len(text.test) == 6
+    # d, e, h, l, o, r, w, the end of a line, and the unknown.
+    assert text.num_classes == 9
+    # By frequency, and then by the alphabet: l, the end of a line, o, e, h.
+    np.testing.assert_array_equal(text.train.tokens[:6], [4, 3, 0, 0, 2, 1])
+
+
+def test_words(tmp_path):
+    (tmp_path / "train.txt").write_text("a b a\nc a <unk>\n")
+    (tmp_path / "test.txt").write_text("a d\n")
+    text = load(DataOptions("text", tmp_path))
+    assert text.num_classes == 5  # <eos> and <unk> among them
+    a, unknown, end = text.test.tokens
+    assert a == 0 and end == 1 and text.train.tokens[-2] == unknown
+    for split in ("train", "test"):
+        source = tmp_path / f"{split}.txt"
+        source.rename(tmp_path / f"wiki.{split}.tokens")
+    same = load(DataOptions("wikitext103", tmp_path))
+    assert same.facts() == text.facts()
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (None, "cannot be read"),
+        (b"\xff\xfe\x00", "is no text in UTF-8"),
+        (b"", "training set of text is empty"),
+    ],
+)
+def test_damaged_text(tmp_path, content, sentence):
+    path = tmp_path / "book.txt"
+    if content is not None:
+        path.write_bytes(content)
+    refused(sentence, dataset="text", data_dir=path)
+
+
+def test_text_from_nowhere(tmp_path):
+    refused("by --data-dir", dataset="text")
+    refused(
+        "wiki.train.tokens cannot be read", dataset="wikitext103", data_dir=tmp_path
+    )
+
+
+def test_copy_memory():
+    copy = load(DataOptions("copy_memory", train_size=5, test_size=3, delay=7))
+    assert len(copy.train) == 5 and copy.num_classes == 10
+    inputs, targets = next(copy.test.test_batches(3))
+    assert inputs.shape == targets.shape == (3, 27) and inputs.dtype == np.int32
+    np.testing.assert_array_equal(inputs[:, :10], targets[:, -10:])
+    assert set(np.unique(inputs[:, :10])) <= set(range(1, 9))
+    assert not inputs[:, 10:16].any() and (inputs[:, 16:] == 9).all()
+    assert not targets[:, :-10].any()
+
+
+@pytest.mark.parametrize("name", ["train_size", "sequence_length", "delay"])
+def test_options_are_checked(name):
+    with pytest.raises(ValueError, match=name):
+        DataOptions(**{name: 0})

@@ -1,0 +1,521 @@
+"""The training script: what it computes, and that it goes on after it was killed."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import implicitnets as inn
+from benchmarks.training import __main__ as script
+from benchmarks.training.config import (
+    Config,
+    JacobianOptions,
+    Plan,
+    RunOptions,
+    TrainingOptions,
+)
+from benchmarks.training.data import Data, DataError, DataOptions, Examples, load, Text
+from benchmarks.training.equilibrium import ADJOINTS, EquilibriumOptions, SOLVERS
+from benchmarks.training.errors import CheckpointError, OptionError
+from benchmarks.training.metrics import means
+from benchmarks.training.networks import (
+    build,
+    CausalTransformerOptions,
+    MDEQOptions,
+    ResNetOptions,
+    TanhOptions,
+    TransformerOptions,
+    TutorialOptions,
+)
+from benchmarks.training.optimiser import (
+    make_optimiser,
+    make_schedule,
+    OptimiserOptions,
+)
+from benchmarks.training.recipes import RECIPES
+from benchmarks.training.records import read_records
+from benchmarks.training.trainer import (
+    jacobian_schedule,
+    judge_batch,
+    train,
+    Trainer,
+    with_random_budget,
+)
+
+from ...library.helpers import tolerance
+
+
+pytestmark = pytest.mark.one_precision
+
+
+MODULE = "benchmarks.training"
+FLAGS = [
+    "tanh",
+    "--width=8",
+    "--solver=anderson",
+    "--epochs=4",
+    "--pretraining-epochs=2",
+    "--batch-size=16",
+    "--train-size=160",
+    "--test-size=40",
+    "--jacobian-weight=1",
+    "--jacobian-probability=0.5",
+    "--skip-weight=0.1",
+    "--schedule=cosine",
+    "--clip=1",
+    "--log-every=1",
+    "--checkpoint-every=3",
+    "--spectral-examples=20",  # of two batches
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lenient_promotion():
+    """Optax' schedules multiply integers by floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+# The training is the same without: less to compile.
+QUICKER = ["--spectral-examples=0", "--test-every=100"]
+
+
+def parse(*flags):
+    return script.parse([*FLAGS, *map(str, flags)])
+
+
+def start_script(*flags, **environment):
+    # The compiled programs' threads would each take all the cores.
+    return subprocess.Popen(
+        [sys.executable, "-m", MODULE, *FLAGS, *map(str, flags)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def run_to_end(*processes):
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output.decode()
+
+
+def without_times(records):
+    times = ("seconds", "compile_seconds")
+    return [{k: v for k, v in r.items() if k not in times} for r in records]
+
+
+def weights(state):
+    return ravel_pytree(eqx.filter(state, eqx.is_array))[0]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run in one piece: its folder, its state in the end and its metrics."""
+    folder = tmp_path_factory.mktemp("reference")
+    config = parse("--output-dir", folder)
+    state = train(config, load(config.data))
+    return folder, state, read_records(folder / "metrics.jsonl")
+
+
+def test_run(reference):
+    folder, state, records = reference
+    assert [record["step"] for record in records] == list(range(1, 61))
+    pretraining, implicit = records[:20], records[20:]
+    assert {record["train_evaluations"] for record in pretraining} == {5}
+    assert 5 not in {record["train_evaluations"] for record in implicit}
+    assert min(record["train_converged"] for record in implicit) == 1
+    assert implicit[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
+    tests = [record for record in records if "test_loss" in record]
+    assert [record["step"] for record in tests] == [10, 20, 30, 40, 50, 60]
+    for record in tests:
+        assert 0 < record["test_spectral_radius_mean"]
+        assert record["test_spectral_radius_mean"] <= record["test_spectral_radius_max"]
+    assert int(state.step) == 60
+    assert (folder / "training.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_killed_run_goes_on_bit_by_bit(reference, tmp_path):
+    _, state, records = reference
+    process = start_script("--output-dir", tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    while len(read_records(metrics)) < 35:
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < len(read_records(metrics)) < 60
+
+    config = parse("--output-dir", tmp_path)
+    resumed = train(config, load(config.data))
+    np.testing.assert_array_equal(weights(resumed), weights(state))
+    assert without_times(read_records(metrics)) == without_times(records)
+
+
+def test_finished_run_is_left_alone(reference):
+    folder, state, records = reference
+    config = parse("--output-dir", folder)
+    np.testing.assert_array_equal(
+        weights(train(config, load(config.data))), weights(state)
+    )
+    assert read_records(folder / "metrics.jsonl") == records
+
+
+@pytest.mark.parametrize(
+    "flag, difference",
+    [
+        ("--learning-rate=0.2", "optimiser.learning_rate = 0.1, and this one has 0.2"),
+        ("--train-size=170", "data.checksum = "),
+        ("--solver=broyden", "equilibrium.solver = anderson"),
+    ],
+)
+def test_other_configuration_is_refused(reference, flag, difference):
+    folder, _, _ = reference
+    config = parse("--output-dir", folder, flag)
+    with pytest.raises(CheckpointError, match=difference) as error:
+        train(config, load(config.data))
+    assert "\n" not in str(error.value)
+
+
+def same_curve(records, others):
+    for name in ("train_loss", "train_evaluations", "train_residual"):
+        np.testing.assert_allclose(
+            [record[name] for record in records],
+            [record[name] for record in others],
+            rtol=tolerance(1e-3, 1e-8),
+            atol=tolerance(1e-6, 1e-10),
+        )
+
+
+def test_eight_devices(reference, tmp_path):
+    _, _, records = reference
+    run_to_end(
+        start_script(
+            "--output-dir",
+            tmp_path,
+            "--data-parallel",
+            *QUICKER,
+            XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        )
+    )
+    same_curve(records, read_records(tmp_path / "metrics.jsonl"))
+    # What eight devices wrote, one can read.
+    config = parse("--output-dir", tmp_path, *QUICKER)
+    train(config, load(config.data))
+
+
+def test_two_processes(reference, tmp_path):
+    _, _, records = reference
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    processes = [
+        start_script(
+            "--output-dir",
+            tmp_path,
+            "--data-parallel",
+            *QUICKER,
+            "--distributed",
+            f"--coordinator=localhost:{port}",
+            "--num-processes=2",
+            f"--process-id={number}",
+        )
+        for number in range(2)
+    ]
+    run_to_end(*processes)
+    same_curve(records, read_records(tmp_path / "metrics.jsonl"))
+
+
+def test_metrics_after_a_kill_in_mid_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_records(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_records(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_batch_and_devices_must_fit(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: 3 * [jax.local_devices()[0]])
+    config = parse("--data-parallel")
+    with pytest.raises(OptionError, match="multiple of the 3 devices; got 16"):
+        Trainer(config, load(config.data))
+
+
+# The options.
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_the_defaults_of_the_command_line(name):
+    assert script.parse([name]) == RECIPES[name][1]
+
+
+def test_one_sentence_for_what_cannot_be_read(monkeypatch, tmp_path):
+    flags = ["train.py", "tanh", "--dataset=mnist", f"--data-dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit, match="Error: .* has no file") as error:
+        script.main()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, name, value",
+    [
+        (TrainingOptions, "epochs", -1),
+        (TrainingOptions, "batch_size", 0),
+        (TrainingOptions, "skip_weight", -0.1),
+        (JacobianOptions, "jacobian_weight", -1.0),
+        (JacobianOptions, "jacobian_probability", 1.1),
+        (JacobianOptions, "jacobian_samples", 0),
+        (JacobianOptions, "jacobian_every", 0),
+        (EquilibriumOptions, "max_steps", 0),
+        (EquilibriumOptions, "max_steps_delta", 30),
+        (EquilibriumOptions, "test_max_steps", 0),
+        (EquilibriumOptions, "adjoint_max_steps", 0),
+        (EquilibriumOptions, "rtol", -1e-3),
+        (EquilibriumOptions, "damping", 1.0),
+        (RunOptions, "log_every", 0),
+        (OptimiserOptions, "clip", 0.0),
+        (OptimiserOptions, "warmup_steps", -1),
+        (OptimiserOptions, "accumulate", 0),
+    ],
+)
+def test_options_are_checked(options, name, value):
+    with pytest.raises(ValueError, match=name):
+        options(**{name: value})
+
+
+def test_nothing_to_train():
+    digits = load(DataOptions(train_size=40))
+    with pytest.raises(OptionError, match="no step to train"):
+        Plan.of(TrainingOptions(epochs=0), digits)
+
+
+def test_part_of_a_cluster():
+    with pytest.raises(OptionError, match="go with --distributed"):
+        script.connect(RunOptions(num_processes=2))
+
+
+PLAN = Plan(steps_per_epoch=10, pretraining_steps=20, total_steps=100, test_every=10)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(schedule="constant"), {0: 1, 99: 1}),
+        (dict(schedule="cosine"), {0: 1, 50: 0.5, 100: 0}),
+        (dict(schedule="cosine", last_learning_rate=0.2), {50: 0.6, 100: 0.2}),
+        (dict(schedule="step", step_epochs=3), {29: 1, 30: 0.1, 60: 0.01}),
+        (dict(schedule="cosine", warmup_steps=20), {0: 0, 10: 0.5, 20: 1, 60: 0.5}),
+    ],
+)
+def test_schedules(options, expected):
+    options = OptimiserOptions(learning_rate=1.0, **options)
+    schedule = make_schedule(options, PLAN.total_steps, PLAN.steps_per_epoch)
+    for step, rate in expected.items():
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "radam", "sgd"])
+def test_optimisers_descend_and_decay(name):
+    options = OptimiserOptions(name, learning_rate=0.1, weight_decay=0.5, clip=1.0)
+    optimiser = make_optimiser(options, optax.constant_schedule(0.1))
+    point = jnp.ones(2)
+    for gradient in (jnp.full(2, 1e6), jnp.zeros(2)):
+        updates, _ = optimiser.update(gradient, optimiser.init(point), point)
+        updates = np.asarray(updates)
+        assert (updates < 0).all() and (updates > -0.3).all()
+
+
+def test_gradients_accumulate():
+    """Two steps change the weights once, by their mean gradient, at the rate of their
+    place in the schedule."""
+    options = OptimiserOptions("sgd", momentum=0.0, accumulate=2)
+    optimiser = make_optimiser(options, lambda step: 0.1 * (1 + step))
+    point = jnp.ones(2)
+    state = optimiser.init(point)
+    found = []
+    for gradient in (1.0, 3.0, 2.0, 4.0):
+        updates, state = optimiser.update(jnp.full(2, gradient), state, point)
+        found.append(np.asarray(updates))
+    np.testing.assert_allclose(found[0], 0)
+    np.testing.assert_allclose(found[1], -0.1 * 2, rtol=1e-6)
+    np.testing.assert_allclose(found[2], 0)
+    np.testing.assert_allclose(found[3], -0.3 * 3, rtol=1e-6)
+
+
+def test_jacobian_schedule():
+    options = JacobianOptions(
+        jacobian_weight=1.0,
+        jacobian_pretraining_weight=0.1,
+        jacobian_increment=0.5,
+        jacobian_every=30,
+        jacobian_last_epoch=9,
+    )
+    schedule = jacobian_schedule(options, PLAN)
+    found = [schedule(step) for step in (0, 19, 20, 49, 50, 89, 90)]
+    np.testing.assert_allclose(found, [0.1, 0.1, 1, 1, 1.5, 2, 0], rtol=1e-6)
+
+
+# The models.
+
+
+def image_data(size, channels, classes, masks):
+    rng = np.random.default_rng(0)
+    inputs = rng.random((4, channels, size, size), np.float32)
+    shape = (4, size, size) if masks else (4,)
+    targets = rng.integers(0, classes, shape, np.int32)
+    return Data(Examples(inputs, targets), Examples(inputs[:3], targets[:3]), classes)
+
+
+TEXT = Text(np.arange(30, dtype=np.int32) % 3, length=4)
+MDEQ = MDEQOptions((2, 2), (1, 1), 4, num_downsamples=1, expansion=1, groups=2)
+# Of the solvers and adjoints, the quickest to compile.
+QUICK = EquilibriumOptions("fixed-point", max_steps=4, adjoint="jacobian-free")
+# No solver at all.
+UNROLLED = TrainingOptions(
+    pretraining_epochs=9, pretraining_depth=1, batch_size=2, spectral_examples=0
+)
+
+
+def test_batch_normalisation():
+    model = ResNetOptions(channels=2, inner_channels=2, groups=2)
+    config = Config(model, training=UNROLLED)
+    trainer = Trainer(config, image_data(8, 1, 3, False))
+    start = trainer.start()
+    state, metrics = trainer.train_step(start, 0)
+    assert all(np.isfinite(value) for value in means([metrics]).values())
+    assert not np.array_equal(weights(state.network), weights(start.network))
+    assert not np.array_equal(weights(state.statistics), weights(start.statistics))
+
+
+def test_segmentation():
+    equilibrium = dataclasses.replace(QUICK, test_max_steps=6)
+    options = TrainingOptions(batch_size=2, spectral_examples=0)
+    trainer = Trainer(
+        Config(MDEQ, equilibrium=equilibrium, training=options),
+        image_data(8, 1, 3, True),
+    )
+    found = trainer.test(trainer.start())
+    assert all(np.isfinite(value) for value in found.values())
+    assert 0 <= found["mean_iou"] <= found["accuracy"] <= 1
+    assert QUICK.max_steps < found["steps"] <= 6
+
+
+def test_memory_of_text():
+    """Segments are remembered in training and in tests, from the beginning on."""
+    model = TransformerOptions(
+        width=4, num_heads=1, head_width=4, inner_width=4, memory_length=5, dropout=0.0
+    )
+    config = Config(model, training=UNROLLED)
+    trainer = Trainer(config, Data(TEXT, TEXT, 3))
+    state = trainer.start()
+    for step, num_positions in enumerate((4, 5, 5, 4)):
+        state, _ = trainer.train_step(state, step)
+        assert list(state.memory.num_positions) == 2 * [num_positions]
+    assert trainer.training_memory(fixed_depth=1) > 0
+    found = trainer.test(state)
+    np.testing.assert_allclose(found["perplexity"], 2 ** found["bits_per_token"])
+
+
+@pytest.mark.parametrize(
+    "model, data",
+    [
+        (TutorialOptions("skipregdeq", 2), image_data(8, 1, 3, False)),
+        (MDEQ, image_data(8, 3, 3, False)),
+        (CausalTransformerOptions(8, 2), Data(TEXT, TEXT, 3)),
+    ],
+)
+def test_other_models(model, data):
+    network, statistics = build(model, QUICK, data, key=jr.key(0))
+    batch = data.train.training_batch(0, 2, 0)
+    verdict, _ = eqx.filter_eval_shape(
+        judge_batch, network, statistics, network.memory, batch, jr.key(0)
+    )
+    assert verdict.loss.shape == verdict.prediction.shape == batch[1].shape
+
+
+def test_models_and_data_must_fit():
+    sequences = load(DataOptions("copy_memory", train_size=4, test_size=4))
+    for model in (TutorialOptions(), TanhOptions(), ResNetOptions(), MDEQ):
+        with pytest.raises(DataError, match="takes images"):
+            build(model, EquilibriumOptions(), sequences, key=jr.key(0))
+    for model in (TransformerOptions(), CausalTransformerOptions()):
+        with pytest.raises(DataError, match="takes text and other sequences"):
+            images = image_data(8, 3, 3, False)
+            build(model, EquilibriumOptions(), images, key=jr.key(0))
+    with pytest.raises(DataError, match="takes grey images"):
+        colours = image_data(8, 3, 3, False)
+        build(TutorialOptions(), EquilibriumOptions(), colours, key=jr.key(0))
+    for model in (TutorialOptions(), TanhOptions(), ResNetOptions()):
+        with pytest.raises(DataError, match="these have masks"):
+            masks = image_data(8, 1, 3, True)
+            build(model, EquilibriumOptions(), masks, key=jr.key(0))
+    with pytest.raises(OptionError, match="groups.* must be a divisor"):
+        model = dataclasses.replace(MDEQ, groups=5)
+        build(model, EquilibriumOptions(), image_data(8, 3, 3, False), key=jr.key(0))
+    with pytest.raises(DataError, match="multiples of 4; these have 6 x 6"):
+        small = image_data(6, 3, 3, False)
+        build(MDEQ, EquilibriumOptions(), small, key=jr.key(0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers(solver):
+    data, options = image_data(4, 1, 3, False), EquilibriumOptions(solver, start="cell")
+    network, _ = build(TanhOptions(3), options, data, key=jr.key(0))
+    assert isinstance(network.layer, inn.SkipDeepEquilibriumNetwork)
+    solution = eqx.filter_eval_shape(network.layer.solve, jnp.ones(3))
+    assert solution.z_star.shape == (3,)
+
+
+def test_start_of_a_model_that_has_its_own():
+    options = EquilibriumOptions(start="cell")
+    with pytest.raises(OptionError, match="take --start model"):
+        build(TransformerOptions(), options, Data(TEXT, TEXT, 3), key=jr.key(0))
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_adjoints(adjoint):
+    data = image_data(4, 1, 3, False)
+    options = EquilibriumOptions("broyden", adjoint=adjoint, start="injection")
+    network, _ = build(TanhOptions(3), options, data, key=jr.key(0))
+    gradient = jax.grad(lambda x: network.layer(x).sum())
+    assert eqx.filter_eval_shape(gradient, jnp.ones(3)).shape == (3,)
+
+
+def test_options_that_do_not_go_together():
+    data = image_data(4, 1, 3, False)
+    for sentence, options in (
+        ("shine goes with", EquilibriumOptions(adjoint="shine")),
+        ("one number of", EquilibriumOptions(adjoint="unrolled", max_steps_delta=1)),
+    ):
+        with pytest.raises(OptionError, match=sentence):
+            build(TanhOptions(3), options, data, key=jr.key(0))
+
+
+def test_random_numbers_of_steps():
+    options = EquilibriumOptions(max_steps=4, max_steps_delta=2)
+    data = image_data(4, 1, 3, False)
+    network, _ = build(TanhOptions(2), options, data, key=jr.key(0))
+    networks = [
+        with_random_budget(network, options, key=key) for key in jr.split(jr.key(1), 20)
+    ]
+    assert {int(network.layer.max_steps) for network in networks} == {2, 3, 4}
+
+
+def test_metrics_are_json(reference):
+    folder, _, _ = reference
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
