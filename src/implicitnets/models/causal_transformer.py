@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optimistix as optx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
@@ -22,24 +22,21 @@ class CausalTransformerConfig:
 
     The defaults are those of deq-jax.
 
-    **Arguments:**
-
-    - `vocab_size`: the number of tokens.
-    - `length`: the greatest number of positions.
-    - `width`: of the state at each position.
-    - `num_heads`: of the attention.
-    - `dropout`: the probability with which entries are dropped.
-
     **Raises:**
 
     `ValueError` for sizes that do not go together.
     """
 
     vocab_size: int = 32_000
+    """The number of tokens."""
     length: int = 128
+    """The greatest number of positions."""
     width: int = 256
+    """How wide the state is at each position."""
     num_heads: int = 4
+    """How many heads the attention has."""
     dropout: float = 0.1
+    """The probability with which entries are dropped."""
 
     def __post_init__(self):
         for name in ("vocab_size", "length", "width", "num_heads"):
@@ -53,13 +50,7 @@ class CausalTransformerConfig:
 
 
 class CausalTransformerCell(eqx.Module):
-    """One layer of a transformer that adds its input to its state first.
-
-    **Arguments:**
-
-    - `config`: the sizes.
-    - `key`: for the weights. Keyword only argument.
-    """
+    """One layer of a transformer that adds its input to its state first."""
 
     attention_norm: eqx.nn.LayerNorm
     attention: eqx.nn.MultiheadAttention
@@ -149,10 +140,14 @@ class CausalTransformerDEQ(AbstractModel):
         )
         self.head = eqx.nn.Linear(width, config.vocab_size, key=head_key)
 
-    def inject(self, x, state):
+    def inject(
+        self, x: Int[Array, " position"], state: eqx.nn.State
+    ) -> tuple[Float[Array, "position width"], eqx.nn.State]:
         length, longest = len(x), len(self.positions)
         check_argument("x", length, length <= longest, f"at most {longest} tokens long")
         return jax.vmap(self.embedding)(x) + self.positions[:length], state
 
-    def read_out(self, z, state):
+    def read_out(
+        self, z: Float[Array, "position width"], state: eqx.nn.State
+    ) -> tuple[Float[Array, "position token"], eqx.nn.State]:
         return jax.vmap(self.head)(z), state

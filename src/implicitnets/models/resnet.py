@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from .._solver.anderson import AndersonAcceleration
-from ._init import draw_normal
+from ._layers import batch_norm, conv, draw_convolutions
 from ._model import AbstractModel
 
 
@@ -25,24 +25,20 @@ class ResNetConfig:
     """The sizes of a [`implicitnets.models.ResNetDEQ`][].
 
     The defaults are those of the notebook on CIFAR-10: 64,842 parameters.
-
-    **Arguments:**
-
-    - `image_shape`: channels, height and width of an example.
-    - `channels`: of the state.
-    - `inner_channels`: between the two convolutions of the cell.
-    - `groups`: of the cell's group normalisations.
-    - `pool_stride`: how far apart the windows of 8 x 8 pixels are whose means the head
-        sees.
-    - `num_classes`: the number of logits.
     """
 
     image_shape: tuple[int, int, int] = (3, 32, 32)
+    """The channels, height and width of an example."""
     channels: int = 48
+    """How many channels the state has."""
     inner_channels: int = 64
+    """How many channels the cell has between its two convolutions."""
     groups: int = 8
+    """How many groups each group normalisation of the cell has."""
     pool_stride: int = _POOL_SIZE
+    """How far apart the windows of 8 x 8 pixels are whose means the head sees."""
     num_classes: int = 10
+    """The number of logits."""
 
     @classmethod
     def jaxopt(
@@ -76,11 +72,6 @@ class ResNetCell(eqx.Module):
 
     `norm(relu(z + norm(x + conv(norm(relu(conv(z)))))))`, with group normalisation, and
     weights small enough for a contraction at first.
-
-    **Arguments:**
-
-    - `config`: the sizes.
-    - `key`: for the weights. Keyword only argument.
     """
 
     conv1: eqx.nn.Conv2d
@@ -92,11 +83,8 @@ class ResNetCell(eqx.Module):
     def __init__(self, config: ResNetConfig, *, key: PRNGKeyArray):
         key1, key2, draw_key = jr.split(key, 3)
         outer, inner = config.channels, config.inner_channels
-        conv1 = eqx.nn.Conv2d(outer, inner, 3, padding=1, use_bias=False, key=key1)
-        conv2 = eqx.nn.Conv2d(inner, outer, 3, padding=1, use_bias=False, key=key2)
-        self.conv1, self.conv2 = draw_normal(
-            (conv1, conv2), eqx.nn.Conv2d, std=0.01, key=draw_key
-        )
+        convs = conv(outer, inner, 3, key=key1), conv(inner, outer, 3, key=key2)
+        self.conv1, self.conv2 = draw_convolutions(convs, key=draw_key)
         self.norm1 = eqx.nn.GroupNorm(config.groups, inner)
         self.norm2 = eqx.nn.GroupNorm(config.groups, outer)
         self.norm3 = eqx.nn.GroupNorm(config.groups, outer)
@@ -147,10 +135,8 @@ class ResNetDEQ(AbstractModel):
         stem_key, cell_key, head_key = jr.split(key, 3)
         in_channels, *image_size = config.image_shape
         channels = config.channels
-        self.stem = eqx.nn.Conv2d(in_channels, channels, 3, padding=1, key=stem_key)
-        self.stem_norm = eqx.nn.BatchNorm(
-            channels, axis_name="batch", momentum=0.9, mode="batch"
-        )
+        self.stem = conv(in_channels, channels, 3, use_bias=True, key=stem_key)
+        self.stem_norm = batch_norm(channels)
         self.deq = DeepEquilibriumNetwork(
             ResNetCell(config, key=cell_key),
             solver,
@@ -158,22 +144,26 @@ class ResNetDEQ(AbstractModel):
             adjoint=adjoint,
             max_steps=max_steps,
         )
-        self.head_norm = eqx.nn.BatchNorm(
-            channels, axis_name="batch", momentum=0.9, mode="batch"
-        )
+        self.head_norm = batch_norm(channels)
         self.pool_stride = config.pool_stride
         num_windows = [-(-size // config.pool_stride) for size in image_size]
         num_features = channels * num_windows[0] * num_windows[1]
         self.head = eqx.nn.Linear(num_features, config.num_classes, key=head_key)
 
-    def inject(self, x, state):
+    def inject(
+        self, x: Float[Array, "channel height width"], state: eqx.nn.State
+    ) -> tuple[Float[Array, "channel2 height width"], eqx.nn.State]:
         return self.stem_norm(self.stem(x), state)
 
-    def read_out(self, z, state):
+    def read_out(
+        self, z: Float[Array, "channel height width"], state: eqx.nn.State
+    ) -> tuple[Float[Array, " classes"], eqx.nn.State]:
         z, state = self.head_norm(z, state)
         return self.head(jnp.ravel(_average_pool(z, self.pool_stride))), state
 
 
-def _average_pool(x, stride):
+def _average_pool(
+    x: Float[Array, "channel height width"], stride: int
+) -> Float[Array, "channel _ _"]:
     window, strides = (1, _POOL_SIZE, _POOL_SIZE), (1, stride, stride)
     return lax.reduce_window(x, 0.0, lax.add, window, strides, "SAME") / _POOL_SIZE**2

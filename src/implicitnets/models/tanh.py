@@ -19,27 +19,18 @@ class TanhConfig:
     """The sizes of a [`implicitnets.models.TanhDEQ`][].
 
     The defaults are those of the notebook: 89,510 parameters.
-
-    **Arguments:**
-
-    - `image_shape`: the shape of an example.
-    - `width`: the size of the state.
-    - `num_classes`: the number of logits.
     """
 
     image_shape: tuple[int, ...] = (1, 28, 28)
+    """The shape of an example."""
     width: int = 100
+    """How wide the state is."""
     num_classes: int = 10
+    """The number of logits."""
 
 
 class TanhCell(eqx.Module):
-    """The cell `tanh(W z + x)`.
-
-    **Arguments:**
-
-    - `width`: the size of the state.
-    - `key`: for the weights. Keyword only argument.
-    """
+    """The cell `tanh(W z + x)`."""
 
     linear: eqx.nn.Linear
 
@@ -88,8 +79,12 @@ class TanhDEQ(AbstractModel):
         )
         self.head = eqx.nn.Linear(width, config.num_classes, key=head_key)
 
-    def inject(self, x, state):
+    def inject(
+        self, x: Float[Array, "..."], state: eqx.nn.State
+    ) -> tuple[Float[Array, " width"], eqx.nn.State]:
         return self.stem(jnp.ravel(x)), state
 
-    def read_out(self, z, state):
+    def read_out(
+        self, z: Float[Array, " width"], state: eqx.nn.State
+    ) -> tuple[Float[Array, " classes"], eqx.nn.State]:
         return self.head(z), state

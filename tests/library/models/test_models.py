@@ -22,7 +22,7 @@ from implicitnets.models import (
     TanhConfig,
     TanhDEQ,
 )
-from implicitnets.models.mdeq import _resize
+from implicitnets.models.mdeq.heads import resize
 
 from ..helpers import tolerance
 from ..training import cross_entropy, fit, num_parameters, over_batch
@@ -210,10 +210,10 @@ def test_image_models(make, config, image_shape, fixed_depth):
 
 def test_resize_keeps_the_corners():
     x = jnp.arange(3.0)[:, None] + 10 * jnp.arange(2.0)[None, :]
-    y = _resize(x[None], 6, 4)
+    y = resize(x[None], 6, 4)
     rows, columns = np.linspace(0, 2, 6), np.linspace(0, 1, 4)
     assert np.allclose(y[0], rows[:, None] + 10 * columns[None, :], atol=1e-5)
-    assert np.allclose(_resize(x[None, :1, :1], 2, 2), 0)
+    assert np.allclose(resize(x[None, :1, :1], 2, 2), 0)
 
 
 def test_image_that_does_not_fit_the_scales():

@@ -20,7 +20,10 @@ from implicitnets.models import (
     Segment,
     TransformerConfig,
 )
-from implicitnets.models.transformer import _distance_embedding, RelativeAttention
+from implicitnets.models.transformer.attention import (
+    distance_embedding,
+    RelativeAttention,
+)
 
 from ..helpers import tolerance
 from ..training import cross_entropy, fit, num_parameters, over_batch
@@ -174,7 +177,7 @@ def test_relative_attention():
     z_key, u_key = jr.split(jr.key(1))
     z = jr.normal(z_key, (m + q, 16))
     u = jr.normal(u_key, (m + q, 24))
-    distance = _distance_embedding(m + q, 16, z.dtype)
+    distance = distance_embedding(m + q, 16, z.dtype)
     memory = Memory(z[:m], u[:m], jnp.array(2))
     out = attention(z, Segment(memory, u[m:], distance))
 
