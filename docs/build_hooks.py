@@ -1,8 +1,12 @@
 """What the build of the site does beyond its plugins: see `mkdocs.yml`."""
 
+import ast
 import html
+import inspect
+import itertools
 import os
 import re
+import textwrap
 
 import griffe
 from latex2mathml.converter import convert
@@ -56,6 +60,29 @@ class DropInheritedInit(griffe.Extension):
         del kwargs
         if func.name == "__init__":
             func.docstring = None
+
+
+class ListFields(griffe.Extension):
+    """List the docstrings that stand under fields, which inspection does not see."""
+
+    def on_class_members(self, *, node, cls, **kwargs):
+        del kwargs
+        if cls.docstring is None or not cls.module.path.startswith("implicitnets"):
+            return
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(node.obj))).body
+        fields = [
+            f"- `{field.target.id}`: {' '.join(doc.value.value.split())}"
+            for field, doc in itertools.pairwise(tree.body)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(doc, ast.Expr)
+            and isinstance(doc.value, ast.Constant)
+        ]
+        if fields:
+            text, *raises = cls.docstring.value.partition("**Raises:**")
+            listed = "\n".join(["**Arguments:**\n", *fields])
+            cls.docstring.value = "\n\n".join(
+                [text.rstrip(), listed, "".join(raises)]
+            ).rstrip()
 
 
 def _mathml(latex: str, block: bool) -> str:

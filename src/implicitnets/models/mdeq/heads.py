@@ -134,8 +134,8 @@ class SegmenterHead(eqx.Module):
     ) -> tuple[Float[Array, "classes height width"], eqx.nn.State]:
         """The logits of every pixel of the finest scale."""
         _, height, width = z[0].shape
-        z = [resize(leaf, height, width) for leaf in z]
-        return self.layers(jnp.concatenate(z), state)
+        scales = [resize(leaf, height, width) for leaf in z]
+        return self.layers(jnp.concatenate(scales), state)
 
 
 def resize(
