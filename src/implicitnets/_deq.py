@@ -16,6 +16,7 @@ from ._adjoint.implicit import ImplicitAdjoint
 from ._adjoint.report import AdjointReport, with_probe
 from ._cell import call_cell, cell_residual, check_state
 from ._internal.checks import check_number, keyword
+from ._internal.optimistix import solve_inputs
 from ._internal.parametrise import resolve
 from ._internal.pytree import tree_all_finite, tree_astype, working_dtype
 from ._solution import EquilibriumSolution
@@ -373,8 +374,7 @@ class _ResidualAdjoint(optx.AbstractAdjoint):
 
 
 def _rewrite_residual(z_star, _, inputs):
-    _, _, _, arguments, *_ = inputs
-    return cell_residual(z_star, arguments)
+    return cell_residual(z_star, solve_inputs(inputs).args)
 
 
 def _judge(result, z0, z_star, residual, arguments):

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._internal.loop import while_loop
+from .._internal.optimistix import SolveOutputs
 
 
 _AUX_MESSAGE = (
@@ -37,20 +36,6 @@ def detach(tree: PyTree) -> PyTree:
     )
 
 
-def detached_solve(primal_fn: Callable, inputs: PyTree) -> tuple[PyTree[Array], Any]:
-    """Solve, without differentiating the solve.
-
-    **Arguments:**
-
-    - `primal_fn`, `inputs`: as those of `optimistix.AbstractAdjoint.apply`.
-
-    **Returns:**
-
-    The root, and what comes with it.
-    """
-    return jtu.tree_map(jnp.asarray, primal_fn(detach(inputs) + (while_loop,)))
-
-
 def close_aux(found: Any, inputs: PyTree) -> Any:
     """Make reverse-mode differentiation of a function's auxiliary output an error.
 
@@ -67,7 +52,7 @@ def close_aux(found: Any, inputs: PyTree) -> Any:
     """
     if found is None:
         return None
-    *others, aux, stats = found
+    found = SolveOutputs(*found)
     leaves = [x for x in jtu.tree_leaves(inputs) if eqx.is_inexact_array(x)]
 
     def close(x):
@@ -77,7 +62,7 @@ def close_aux(found: Any, inputs: PyTree) -> Any:
         zeros = (jnp.sum(jnp.ravel(leaf)[:0]).astype(x.dtype) for leaf in leaves)
         return eqxi.nondifferentiable_backward(sum(zeros, start=x), msg=_AUX_MESSAGE)
 
-    return *others, jtu.tree_map(close, aux), stats
+    return found._replace(aux=jtu.tree_map(close, found.aux))
 
 
 @jax.custom_jvp

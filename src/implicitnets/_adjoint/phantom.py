@@ -5,8 +5,9 @@ import optimistix as optx
 from jaxtyping import ScalarLike
 
 from .._internal.checks import check_integer, check_number
+from .._internal.optimistix import run_solve
 from .._internal.pytree import working_dtype
-from .detach import close_aux, detached_solve, substitute
+from .detach import close_aux, detach, substitute
 
 
 class PhantomAdjoint(optx.AbstractAdjoint):
@@ -52,7 +53,7 @@ class PhantomAdjoint(optx.AbstractAdjoint):
 
     def apply(self, primal_fn, rewrite_fn, inputs, tags):
         del tags
-        root, aux = detached_solve(primal_fn, inputs)
+        root, aux = run_solve(primal_fn, detach(inputs))
         weight = 1 - jnp.asarray(self.damping, working_dtype(root))
 
         def step(z, _):

@@ -10,6 +10,12 @@ from jaxtyping import Array, Int, PyTree, ScalarLike
 from .._internal.checks import check_number
 from .._internal.loop import while_loop
 from .._internal.observe import observed
+from .._internal.optimistix import (
+    replace_inputs,
+    run_solve,
+    solve_inputs,
+    SolveOutputs,
+)
 from .._internal.pytree import tree_cast_like, working_dtype
 from .._solver.reversible import ReversibleFixedPoint, ReversibleState, start_pair
 from .detach import close_aux, detach, substitute
@@ -79,13 +85,16 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
         check_number(self, "bound", lambda x: x >= 0, "non-negative")
 
     def apply(self, primal_fn, rewrite_fn, inputs, tags):
-        fn, solver, y0, args, *rest = inputs
-        if not isinstance(observed(solver), ReversibleFixedPoint):
+        solve = solve_inputs(inputs)
+        if not isinstance(observed(solve.solver), ReversibleFixedPoint):
             raise TypeError(
                 "`ReversibleAdjoint` is for the solver "
-                f"`implicitnets.ReversibleFixedPoint`; got `{type(solver).__name__}`."
+                "`implicitnets.ReversibleFixedPoint`; got "
+                f"`{type(solve.solver).__name__}`."
             )
-        inputs = fn, detach(solver), y0, args, *detach(rest)
+        inputs = replace_inputs(
+            detach(inputs), fn=solve.fn, y0=solve.y0, args=solve.args
+        )
         root, aux = _iterate(
             (inputs, self.probe),
             primal_fn,
@@ -101,7 +110,7 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
 def _iterate(vjp_arg, primal_fn, rewrite_fn, tags, fallback, bound):
     del rewrite_fn, tags, fallback, bound
     inputs, _ = vjp_arg
-    return jtu.tree_map(jnp.asarray, primal_fn(inputs + (while_loop,)))
+    return run_solve(primal_fn, inputs)
 
 
 @_iterate.def_fwd
@@ -122,8 +131,8 @@ def _iterate_bwd(
     )
     inputs, probe = vjp_arg
     differentiated, fixed = eqx.partition(inputs, perturbed[0])
-    _, _, state, *_ = aux
-    grads, error = _run_backwards(observed(state), ct_root, differentiated, fixed)
+    state = observed(SolveOutputs(*aux).state)
+    grads, error = _run_backwards(state, ct_root, differentiated, fixed)
     failed = ~(error <= bound)
 
     def fall_back():
@@ -177,9 +186,8 @@ def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
     Half a step takes the states `(u, v)` to `(v, solver.mix(u, f(v)))`, whichever of
     the two sequences it is that gets a new one.
     """
-    fn, solver, y0, args, *_ = eqx.combine(differentiated, fixed)
-    solver = observed(solver)
-    del fn, args
+    solve = solve_inputs(eqx.combine(differentiated, fixed))
+    solver, y0 = observed(solve.solver), solve.y0
 
     # Of half-precision parameters the gradients are accumulated in float32.
     def widen(tree):
@@ -187,9 +195,8 @@ def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
 
     def evaluate(z, differentiated_wide):
         differentiated_again = tree_cast_like(differentiated_wide, differentiated)
-        fn, _, _, args, *_ = eqx.combine(differentiated_again, fixed)
-        z = tree_cast_like(z, y0)
-        f, _ = fn(z, args)
+        solve = solve_inputs(eqx.combine(differentiated_again, fixed))
+        f, _ = solve.fn(tree_cast_like(z, y0), solve.args)
         return widen(f)
 
     wide = widen(differentiated)
@@ -226,14 +233,12 @@ def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
     difference = jtu.tree_map(jnp.subtract, (end.older, end.newer), (start.y, start.z))
     size = jnp.maximum(optx.two_norm(start), optx.two_norm(best))
     error = optx.two_norm(difference) / jnp.where(size > 0, size, 1)
-    fn_grad, solver_grad, start_grad, *rest = end.grads
     ct_start = jtu.tree_map(jnp.add, end.ct_older, end.ct_newer)
-    start_grad = jtu.tree_map(
+    y0_grad = jtu.tree_map(
         lambda g, ct: None if g is None else g + ct,
-        start_grad,
+        solve_inputs(end.grads).y0,
         ct_start,
         is_leaf=lambda x: x is None,
     )
-    grads = fn_grad, solver_grad, start_grad, *rest
-    grads = tree_cast_like(grads, differentiated)
-    return grads, error
+    grads = replace_inputs(end.grads, y0=y0_grad)
+    return tree_cast_like(grads, differentiated), error

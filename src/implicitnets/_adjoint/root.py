@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
-from .._internal.loop import while_loop
+from .._internal.optimistix import run_solve
 from .._internal.pytree import tree_cast_like, tree_dot, working_dtype
 from .detach import close_aux
 from .report import AdjointReport, result_number
@@ -65,16 +65,14 @@ def differentiate_root(
 
     The root, which differentiates in all modes, and what comes with it, which does not.
     """
-    root, aux = _root(
-        primal_fn, rewrite_fn, inputs + (while_loop,), tags, inversion, probe
-    )
+    root, aux = _root(primal_fn, rewrite_fn, inputs, tags, inversion, probe)
     return root, close_aux(aux, inputs)
 
 
 @eqx.filter_custom_jvp
 def _root(primal_fn, rewrite_fn, inputs, tags, inversion, probe):
     del rewrite_fn, tags, inversion, probe
-    return jtu.tree_map(jnp.asarray, primal_fn(inputs))
+    return run_solve(primal_fn, inputs)
 
 
 @_root.def_jvp

@@ -8,6 +8,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from .._internal.checks import check_integer
+from .._internal.optimistix import solve_inputs, SolveOutputs
 from .._linear_solver.gmres import GivensGMRES
 from .._solver.broyden import Broyden, BroydenState, inverse_jacobian
 from .report import AbstractReportingAdjoint, AdjointReport
@@ -72,7 +73,7 @@ class ShineAdjoint(AbstractReportingAdjoint):
         check_integer(self, "refinement_steps", 0)
 
     def apply(self, primal_fn, rewrite_fn, inputs, tags):
-        _, solver, *_ = inputs
+        solver = solve_inputs(inputs).solver
         if not _find(solver, Broyden):
             raise TypeError(
                 "`ShineAdjoint` uses the inverse Jacobian of `implicitnets.Broyden`; "
@@ -95,8 +96,8 @@ class _Inversion(AbstractInversion):
         transposed: bool,
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
         # The solver's own state, or that of the solver within it.
-        _, _, final_state, *_ = aux
-        inverse = inverse_jacobian(_find(final_state, BroydenState)[0])
+        state, *_ = _find(SolveOutputs(*aux).state, BroydenState)
+        inverse = inverse_jacobian(state)
         if transposed:
             inverse = inverse.transpose()
         result = lx.RESULTS.where(

@@ -8,7 +8,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._internal.checks import check_hyperparameter, check_integer
-from .._internal.loop import while_loop
+from .._internal.optimistix import run_solve
 from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
 from .matrix_free import AbstractMatrixFreeSolver
 
@@ -100,7 +100,7 @@ class _NoAdjoint(optx.AbstractAdjoint):
         tags: frozenset[object],
     ) -> PyTree[Array]:
         del rewrite_fn, tags
-        return primal_fn(inputs + (while_loop,))
+        return run_solve(primal_fn, inputs)
 
 
 _LINEAR_RESULTS = {

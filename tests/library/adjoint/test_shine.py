@@ -7,6 +7,7 @@ import optimistix as optx
 
 import implicitnets as inn
 from implicitnets._adjoint.shine import _Inversion
+from implicitnets._internal.optimistix import SolveOutputs
 
 from ..helpers import linear_map, make_matrix, make_vector, relative_error, tolerance
 
@@ -91,9 +92,8 @@ def test_an_inverse_that_is_not_finite_is_no_success():
     )
     operator = lx.IdentityLinearOperator(struct)
     for final_state, successful in ((state, True), (broken, False)):
-        value, result, _ = _Inversion(0).solve(
-            operator, z, (None, None, final_state), False
-        )
+        outputs = SolveOutputs(None, None, final_state, None, None, {})
+        value, result, _ = _Inversion(0).solve(operator, z, outputs, False)
         assert np.array_equal(value, -z)
         assert (result == lx.RESULTS.successful) == successful
 

@@ -1,0 +1,83 @@
+"""What an adjoint is given by Optimistix, and returns to it, by name.
+
+Optimistix passes both as bare tuples (`optimistix/_iterate.py`, version 0.1.0). Nothing
+else here counts their elements.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .loop import while_loop
+
+
+class SolveInputs(NamedTuple):
+    """The `inputs` of `optimistix.AbstractAdjoint.apply`, which are those of a solve.
+
+    **Attributes:**
+
+    - `fn`: the function, `fn(y, args) -> (f, aux)`. In a fixed-point solve `f` is the
+        next state, in a root find the residual, whatever the problem was before
+        Optimistix translated it for the solver; in a minimisation or least-squares
+        problem `aux` is a pair of the residual and the function's own.
+    - `solver`, `y0`, `args`, `options`, `max_steps`, `tags`: those of the solve.
+    - `f_struct`, `aux_struct`: what `fn` returns.
+    """
+
+    fn: Callable
+    solver: Any
+    y0: PyTree[Array]
+    args: Any
+    options: dict[str, Any]
+    max_steps: int | None
+    f_struct: PyTree
+    aux_struct: PyTree
+    tags: frozenset[object]
+
+
+class SolveOutputs(NamedTuple):
+    """What a solve, and so an adjoint, returns beside the root.
+
+    **Attributes:**
+
+    - `num_steps`, `result`, `aux`, `stats`: those of the `optimistix.Solution`.
+    - `state`: the solver's final state; its arrays, and `None` for everything else.
+    - `static_state`: everything else, wrapped.
+    """
+
+    num_steps: Array
+    result: Any
+    state: PyTree
+    static_state: Any
+    aux: PyTree
+    stats: dict[str, Any]
+
+
+def solve_inputs(inputs: tuple) -> SolveInputs:
+    """A solve's inputs by name, without what an adjoint has appended to them."""
+    return SolveInputs(*inputs[: len(SolveInputs._fields)])
+
+
+def replace_inputs(inputs: tuple, **changes: Any) -> tuple:
+    """A solve's inputs, some of them replaced, with what was appended to them."""
+    return (
+        *solve_inputs(inputs)._replace(**changes),
+        *inputs[len(SolveInputs._fields) :],
+    )
+
+
+def run_solve(primal_fn: Callable, inputs: PyTree) -> tuple[PyTree[Array], Any]:
+    """Make the solve that an adjoint is given, in our loop.
+
+    **Arguments:**
+
+    - `primal_fn`, `inputs`: as those of `optimistix.AbstractAdjoint.apply`.
+
+    **Returns:**
+
+    The root, and what comes with it: the [`SolveOutputs`][].
+    """
+    return jtu.tree_map(jnp.asarray, primal_fn(inputs + (while_loop,)))
