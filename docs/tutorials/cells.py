@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Write your own cell
 #
-# A cell is any callable `cell(z, x)` that maps a state `z` to one of the same
-# structure, shapes and dtypes. That is the whole contract: the layer does the rest.
-# This page goes from the smallest cell to a convolutional one with dropout and
-# normalised weights, to one that couples examples, and says how to check them.
+# A cell is any callable `cell(z, x)` that maps a state `z` to a state of the same
+# structure, shapes and dtypes. This page writes a dense cell, one with a pytree as its
+# state, a convolutional one with dropout and normalised weights, and one that couples
+# examples. It also shows how to check a cell.
 
 # %%
 import equinox as eqx
@@ -42,9 +42,9 @@ labels = jnp.asarray(labels)
 # %% [markdown]
 # ## The contract
 #
-# A cell sees one example; batches come from `jax.vmap`. Make it an `eqx.Module` to
-# train what is in it. The state starts as zeros like `x`; for a state of another shape
-# say how it starts by `init`. `solve` returns the equilibrium and how it was found.
+# A cell takes one example; `jax.vmap` makes batches. Make it an `eqx.Module` to train
+# its parameters. The solve starts at zeros like `x`. If the state has another shape,
+# `init` says where the solve starts.
 
 
 # %%
@@ -74,27 +74,20 @@ print(f"successful: {bool(solution.result == optx.RESULTS.successful)}")
 print(f"evaluations of the cell: {solution.stats['nfe']}")
 
 # %% [markdown]
-# A cell that does not keep its promise is caught when it is traced, before anything
-# is computed. This one returns more than the state:
-
+# A cell that returns anything else raises an error when it is traced:
 
 # %%
-def talkative(z, x):
-    return {"state": cell(z, x), "input": x}
-
-
-deq = inn.DeepEquilibriumNetwork(talkative, init=lambda x: jnp.zeros(32))
 try:
-    solve(deq, images[0])
+    solve(eqx.tree_at(lambda deq: deq.cell, deq, lambda z, x: z[1:]), images[0])
 except ValueError as error:
     print(error)
 
 # %% [markdown]
 # ## Pytrees
 #
-# State and input may be any pytree. Here the state is two layers of units that answer
-# to each other, and the input is an image with a gain. Every argument that a cell
-# needs travels in `x`, and the equilibrium can be differentiated with respect to each.
+# The state and the input may be any pytree. Here the state is two layers of units that
+# drive each other, and the input is an image with a gain. Pass everything that a cell
+# needs in `x`: the equilibrium has a gradient with respect to each part.
 
 
 # %%
@@ -121,22 +114,25 @@ def activity(gain):
     return jnp.sum(low**2) + jnp.sum(high**2)
 
 
-value_and_slope = jax.jit(jax.value_and_grad(activity))
-(low, _), (_, slope), (high, _) = (value_and_slope(gain) for gain in (0.49, 0.5, 0.51))
+slope = jax.jit(jax.grad(activity))(0.5)
 print(f"d(activity) / d(gain): {slope:.2f}")
-print(f"by finite differences: {(high - low) / 0.02:.2f}")
 
 
 # %% [markdown]
 # ## Convolutions, dropout, normalised weights
 #
-# An `eqx.nn.Conv2d` is a part like any other. The library rewrites convolutions into
-# the form that is fast in a loop on CPU, so write them as you always do.
+# Write convolutions as usual: the layer rewrites them into the form that is fast in a
+# loop on CPU.
 #
-# A cell with an argument `key` gets the key that the layer was called with: the *same*
-# one in every evaluation of the solve and of its gradient. So a mask that is drawn from
-# it is fixed, and there is an equilibrium to find. `inn.nn.VariationalDropout` is
-# made for that, and can drop whole channels.
+# A cell with an argument `key` gets the key of the layer's call: the *same* key in
+# every evaluation of the solve and of its gradient. `inn.nn.VariationalDropout` draws
+# its mask from that key. The mask is then fixed, and an equilibrium exists.
+#
+# `inn.nn.weight_norm` replaces each weight by a *parametrisation*: its length and its
+# direction, which are trained. The layer computes the weight once per solve, not in
+# every evaluation. Other parametrisations bound the cell's slope: see
+# [Keep it stable](../stability/). For one of your own, subclass
+# `inn.nn.AbstractParametrisation`.
 
 
 # %%
@@ -170,34 +166,7 @@ class Classifier(eqx.Module):
 
 
 # %% [markdown]
-# `inn.nn.weight_norm` puts a *parametrisation* in the place of each weight: here its
-# length and its direction, which are what is trained. The layer computes the weight
-# from them once at the start of a solve, and not in every evaluation, also for a
-# batch. Other parametrisations bound the cell's slope: see
-# [Keep it stable](../stability/). A parametrisation of your own has fields, and a
-# `value` that is computed from them.
-
-
-# %%
-class Symmetric(inn.nn.AbstractParametrisation):
-    half: jax.Array
-
-    def value(self):
-        jax.debug.print("The weight is computed.")
-        return self.half + self.half.T
-
-
-half = eqx.nn.Linear(64, 64, key=jr.key(1)).weight / 2
-symmetric = eqx.tree_at(
-    lambda cell: cell.hidden.weight, Cell(64, 64, key=jr.key(0)), Symmetric(half)
-)
-batch_solve = eqx.filter_vmap(solve, in_axes=(None, 0))
-solutions = batch_solve(inn.DeepEquilibriumNetwork(symmetric), images[:32])
-jax.effects_barrier()
-print(f"{jnp.sum(solutions.stats['nfe'])} evaluations for {len(images[:32])} images")
-
-# %% [markdown]
-# Training is as for any other model. Each example gets a key of its own.
+# Training is the same as for any other model. Each example gets its own key.
 
 # %%
 optimiser = optax.adam(3e-3)
@@ -208,16 +177,15 @@ def cross_entropy(logits, y):
 
 
 @eqx.filter_jit
-def train_step(model, state, x, y, key):
-    def loss_fn(model):
-        def one_example(x, key):
-            return model(x, key=key)
-
-        return cross_entropy(jax.vmap(one_example)(x, jr.split(key, len(x))), y)
-
-    gradient = eqx.filter_grad(loss_fn)(model)
+def train_step(model, state, loss_fn, *batch):
+    gradient = eqx.filter_grad(loss_fn)(model, *batch)
     updates, state = optimiser.update(gradient, state)
     return eqx.apply_updates(model, updates), state
+
+
+def image_loss(model, x, y, key):
+    logits = jax.vmap(lambda x, key: model(x, key=key))(x, jr.split(key, len(x)))
+    return cross_entropy(logits, y)
 
 
 model = Classifier(key=jr.key(0))
@@ -225,94 +193,72 @@ state = optimiser.init(eqx.filter(model, eqx.is_array))
 rng = np.random.default_rng(0)
 for key in jr.split(jr.key(1), 100):
     rows = rng.integers(0, 1500, 32)
-    model, state = train_step(model, state, images[rows], labels[rows], key)
-
-test_images, test_labels = images[1500:], labels[1500:]
-evaluate = eqx.filter_jit(lambda model, x: jax.vmap(model)(x))
-predicted = jnp.argmax(evaluate(eqx.nn.inference_mode(model), test_images), 1)
-print(f"accuracy on the last 297 images: {jnp.mean(predicted == test_labels):.1%}")
+    batch = images[rows], labels[rows], key
+    model, state = train_step(model, state, image_loss, *batch)
 
 # %% [markdown]
-# `eqx.nn.inference_mode` turns dropout off. With it on, a key is one mask, and one mask
-# is one equilibrium. The 16 channels of one image:
+# `eqx.nn.inference_mode` turns dropout off. With dropout on, a key fixes the mask, and
+# so the equilibrium:
 
 # %%
 features = model.stem(images[0].reshape(1, 8, 8))
 equilibrium = eqx.filter_jit(lambda model, key: model.deq(features, key=key))
-columns = {
-    "key 0": equilibrium(model, jr.key(0)),
-    "key 0 again": equilibrium(model, jr.key(0)),
-    "key 1": equilibrium(model, jr.key(1)),
-    "inference": equilibrium(eqx.nn.inference_mode(model), jr.key(1)),
-}
-same = jnp.array_equal(columns["key 0"], columns["key 0 again"])
-print(f"the same key gives the same equilibrium: {bool(same)}")
-
-figure, axes = plt.subplots(1, 4, layout="constrained", figsize=(8, 2.4))
-for axis, (name, z) in zip(axes, columns.items()):
-    # A mosaic of the channels, four in a row.
-    mosaic = z.reshape(4, 4, 4, 4).swapaxes(1, 2).reshape(16, 16)
-    axis.imshow(mosaic, vmin=-1, vmax=1, cmap="RdBu")
-    axis.set(title=name, xticks=(), yticks=())
-plt.show()
+z = equilibrium(model, jr.key(0))
+for seed in (0, 1):
+    same = jnp.array_equal(z, equilibrium(model, jr.key(seed)))
+    print(f"key 0 and key {seed}: the same equilibrium: {bool(same)}")
 
 # %% [markdown]
 # ## Check it
 #
-# Three questions to ask of a new cell, before and after training.
+# Check a new cell before and after training:
 #
 # * Was the equilibrium found? `solution.result` says so for every example, and
 #   `solution.residual` is `cell(z_star, x) - z_star`.
-# * How hard was it? `solution.stats["num_steps"]`, which `plot.solves` draws.
-# * How close to not being found is it? `inn.spectral_radius` of the cell's Jacobian at
-#   the equilibrium: plain iteration converges below one, in about
+# * How hard was it? `solution.stats["num_steps"]` says so, and `plot.solves` draws it.
+# * How close is it to failing? `inn.spectral_radius` of the cell's Jacobian at the
+#   equilibrium says so. Plain iteration converges if it is below one, in about
 #   $\ln(1/\varepsilon) / \ln(1/\rho)$ steps for a relative error $\varepsilon$.
 
 
 # %%
 @eqx.filter_jit
-def check(model, images):
-    def one_example(image, key):
-        x = model.stem(image.reshape(1, 8, 8))
-        solution = model.deq.solve(x)
-        radius = inn.spectral_radius(model.deq.cell, solution.z_star, x, key=key)
-        return solution, radius
+@eqx.filter_vmap(in_axes=(None, 0))
+def check(model, image):
+    x = model.stem(image.reshape(1, 8, 8))
+    solution = model.deq.solve(x)
+    z = solution.z_star
+    radius = inn.spectral_radius(model.deq.cell, z, x, key=jr.key(2))
+    return solution, radius, jnp.argmax(model.head(z.reshape(-1)))
 
-    return jax.vmap(one_example)(images, jr.split(jr.key(2), len(images)))
 
+tested = eqx.nn.inference_mode(model)
+solutions, radii, predicted = check(tested, images[1500:])
+success = jnp.mean(solutions.result == optx.RESULTS.successful)
+print(f"accuracy on the last 297 images: {jnp.mean(predicted == labels[1500:]):.1%}")
+print(f"solved: {success:.1%}, spectral radius at most {jnp.max(radii):.2f}")
 
-solutions, trained_radii = check(eqx.nn.inference_mode(model), test_images)
-_, first_radii = check(eqx.nn.inference_mode(Classifier(key=jr.key(0))), test_images)
-success = jnp.sum(solutions.result == optx.RESULTS.successful)
-largest = jnp.max(jnp.linalg.norm(solutions.residual.reshape(297, -1), axis=1))
-print(f"solved: {success} of 297, with residuals up to {largest:.0e}")
-print(f"spectral radius: {jnp.max(first_radii):.2f} at most before training,")
-print(f"                 {jnp.max(trained_radii):.2f} at most after it")
-
-# %%
 figure, (left, right) = plt.subplots(1, 2, layout="constrained", figsize=(8, 3.5))
 plot.solves(solutions, axes=left)
-cell = eqx.nn.inference_mode(model).deq.cell
-plot.spectrum(inn.nn.resolve(cell), columns["inference"], features, axes=right)
+plot.spectrum(inn.nn.resolve(tested.deq.cell), z, features, axes=right)
 plt.show()
 
 # %% [markdown]
-# Outside a layer, as in the last line but one, call `inn.nn.resolve` on a cell with
-# parametrised weights before you use it. What to do about a radius that comes too close
-# to one is the subject of [Keep it stable](../stability/).
+# Outside a layer, as in the call of `plot.spectrum`, apply `inn.nn.resolve` to a cell
+# with parametrised weights first. [Keep it stable](../stability/) says what to do about
+# a radius close to one.
 #
-# ## A cell that couples examples
+# ## Couple examples
 #
-# Under `jax.vmap` every example is solved on its own. Where the equilibrium of one
-# depends on the others, the whole batch is one state: call the layer on it without
-# `vmap`.
+# Under `jax.vmap` every example is solved on its own. If the equilibrium of one example
+# depends on the others, the whole batch is one state: call the layer on the batch,
+# without `vmap`.
 #
-# A graph joins each of 400 images to the eight that are most like it. The state has a
-# row for every image, and a row's next value depends on the average of its neighbours:
-# an implicit graph neural network
-# ([Gu et al., 2020](https://arxiv.org/abs/2009.06211)). Averages do not expand in the
-# maximum norm. So, with the infinity-norm of the weight kept below one, this cell is a
-# contraction, whatever is trained.
+# In an implicit graph neural network ([Gu et al.,
+# 2020](https://arxiv.org/abs/2009.06211)) the next state of a node depends on the
+# average of its neighbours. Here a graph joins each of 400 images to the eight images
+# most like it. An average does not expand in the maximum norm. So a weight whose
+# infinity-norm is below one makes this cell a contraction.
 
 
 # %%
@@ -330,58 +276,38 @@ class GraphClassifier(eqx.Module):
     head: eqx.nn.Linear
 
     def __init__(self, *, key):
-        stem_key, cell_key, head_key = jr.split(key, 3)
-        self.stem = eqx.nn.Linear(64, 64, key=stem_key)
-        cell = GraphCell(eqx.nn.Linear(64, 64, key=cell_key))
+        keys = jr.split(key, 3)
+        self.stem = eqx.nn.Linear(64, 64, key=keys[0])
+        cell = GraphCell(eqx.nn.Linear(64, 64, key=keys[1]))
         self.deq = inn.DeepEquilibriumNetwork(
             inn.nn.infinity_norm(cell, bound=0.95),
             init=lambda x: jnp.zeros_like(x["features"]),
         )
-        self.head = eqx.nn.Linear(64, 10, key=head_key)
+        self.head = eqx.nn.Linear(64, 10, key=keys[2])
 
-    def solve(self, images, graph):
+    def __call__(self, images, graph):
         features = jax.vmap(self.stem)(images)
-        solution = self.deq.solve({"features": features, "graph": graph})
-        return jax.vmap(self.head)(solution.z_star), solution
+        return jax.vmap(self.head)(self.deq({"features": features, "graph": graph}))
 
 
 # %% [markdown]
-# Fifty images have a label. What the graph adds is measured against a graph in which
-# every image is its own only neighbour.
+# Fifty images have a label. To see what the graph adds, the second graph joins every
+# image to itself alone.
 
 # %%
-nodes, node_labels = images[:400], labels[:400]
-graphs = {
-    "alone": jnp.eye(400),
-    "with neighbours": jnp.asarray(
-        kneighbors_graph(nodes, 8).toarray() / 8, nodes.dtype
-    ),
-}
+nodes = images[:400]
+neighbours = jnp.asarray(kneighbors_graph(nodes, 8).toarray() / 8, nodes.dtype)
 
 
-@eqx.filter_jit
-def graph_step(model, state, graph):
-    def loss_fn(model):
-        logits, _ = model.solve(nodes, graph)
-        return cross_entropy(logits[:50], node_labels[:50])
-
-    gradient = eqx.filter_grad(loss_fn)(model)
-    updates, state = optimiser.update(gradient, state)
-    return eqx.apply_updates(model, updates), state
+def graph_loss(model, graph):
+    return cross_entropy(model(nodes, graph)[:50], labels[:50])
 
 
-for name, graph in graphs.items():
+for name, graph in {"alone": jnp.eye(400), "with neighbours": neighbours}.items():
     model = GraphClassifier(key=jr.key(0))
     state = optimiser.init(eqx.filter(model, eqx.is_array))
     for _ in range(40):
-        model, state = graph_step(model, state, graph)
-    logits, solution = eqx.filter_jit(model.solve)(nodes, graph)
-    correct = jnp.argmax(logits, 1)[50:] == node_labels[50:]
-    print(
-        f"{name:15}: accuracy {jnp.mean(correct):.1%} on the images without a label, "
-        f"{solution.stats['nfe']} evaluations, "
-        f"successful: {bool(solution.result == optx.RESULTS.successful)}"
-    )
-
-# %% [markdown]
-# One solve, one result and one number of evaluations for all the images together.
+        model, state = train_step(model, state, graph_loss, graph)
+    predicted = jnp.argmax(eqx.filter_jit(model)(nodes, graph), 1)
+    accuracy = jnp.mean((predicted == labels[:400])[50:])
+    print(f"{name:15}: accuracy {accuracy:.1%} on the images without a label")

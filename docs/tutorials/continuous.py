@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Continuous DEQs and neural ODEs
 #
-# An equilibrium $z^\star = f(z^\star, x)$ is where the flow $\dot z = f(z, x) - z$
-# comes to rest. So an ODE solver finds it too, and gives a *continuous* DEQ. Stop the
-# same flow at a finite time, and it is a *neural ODE*. One cell, three models: this
-# page shows the paths that they take, and what each costs.
+# The flow $\dot z = f(z, x) - z$ rests at the equilibrium $z^\star = f(z^\star, x)$. An
+# ODE solver that follows the flow to rest makes a *continuous* DEQ. An ODE solver that
+# stops at a finite time makes a *neural ODE*. This page follows one cell along these
+# paths, and counts what each costs.
 
 # %%
 import diffrax as dfx
@@ -42,10 +42,10 @@ class Cell(eqx.Module):
 # %% [markdown]
 # ## Follow the flow
 #
-# A cell in the plane, to look at. Its Jacobian has the eigenvalues
-# $-1.2 \pm \mathrm{i}$ at the origin: outside the unit circle, so that the plain
-# iteration $z \leftarrow f(z, x)$ is thrown out of an equilibrium there; but left of
-# $1$, so that the flow comes to rest in it.
+# This cell lives in the plane. Its Jacobian at the origin has the eigenvalues
+# $-1.2 \pm \mathrm{i}$. They lie outside the unit circle, so the plain iteration
+# $z \leftarrow f(z, x)$ leaves the equilibrium there. They lie left of $1$, so the flow
+# comes to rest in it.
 
 # %%
 spiral = Cell(jnp.array([[-1.2, 1.0], [-1.0, -1.2]]))
@@ -56,8 +56,7 @@ starts = jnp.array([[0.9, 0.9], [-0.9, 0.7], [-0.8, -0.9], [0.8, -0.8]])
 @jax.jit
 @jax.vmap
 def flow(z0):
-    """The states at equal distances of time."""
-    times = jnp.linspace(0, 4, 200)
+    """The states at equal time steps."""
     solution = dfx.diffeqsolve(
         dfx.ODETerm(lambda t, z, args: spiral(z, origin) - z),
         dfx.Tsit5(),
@@ -65,7 +64,7 @@ def flow(z0):
         t1=4,
         dt0=0.1,
         y0=z0,
-        saveat=dfx.SaveAt(ts=times),
+        saveat=dfx.SaveAt(ts=jnp.linspace(0, 4, 200)),
         stepsize_controller=dfx.PIDController(rtol=1e-5, atol=1e-5),
     )
     return solution.ys
@@ -93,9 +92,9 @@ for axis in axes:
 plt.show()
 
 # %% [markdown]
-# The layer takes an ODE solver as it takes any other solver. `dfx.Tsit5()` alone is
-# short for `inn.SteadyState(dfx.Tsit5())`, which stops where the equation holds to the
-# tolerances, as all our solvers do.
+# Give the layer an ODE solver like any other solver. `dfx.Tsit5()` is short for
+# `inn.SteadyState(dfx.Tsit5())`, which stops where the equation holds to the
+# tolerances.
 
 # %%
 for name, solver in {
@@ -110,9 +109,9 @@ for name, solver in {
 # %% [markdown]
 # ## What a step size is for
 #
-# Now a cell with 64 units and a spectral radius of 0.9, as in
-# [Choose a gradient](../gradients/), with 32 inputs. It contracts, so that discrete
-# solvers find its equilibria as well.
+# The next cell has 64 units and a spectral radius of 0.9, as in
+# [Choose a gradient](../gradients/). It contracts, so discrete solvers find its
+# equilibria too.
 
 
 # %%
@@ -155,24 +154,23 @@ axes.set(xlim=(0, 250), ylim=(1e-6, 2))
 plt.show()
 
 # %% [markdown]
-# A controller with tolerances, `dfx.PIDController`, keeps the *path* accurate. Near the
-# end, where hardly anything moves, it takes the longest steps that are stable, and the
-# residual hovers at its tolerance for ever. Nobody needs the path. So the default
-# controller of `inn.SteadyState` is `inn.PseudoTransient`, which allows a step as much
-# error as it makes headway, and goes on to any tolerance.
+# `dfx.PIDController` keeps the *path* accurate. Near the end, where hardly anything
+# moves, it takes the longest stable steps, and the residual stays at the controller's
+# tolerance. The layer does not need the path. So the default controller of
+# `inn.SteadyState` is `inn.PseudoTransient`, which allows an error as large as the
+# progress of the step, and reaches any tolerance.
 #
-# `inn.VCABM3`, a multistep method, evaluates the cell twice a step where Tsit5 does it
-# six times.
+# `inn.VCABM3`, a multistep method, evaluates the cell twice per step, and Tsit5 six
+# times.
 #
-# The long steps of the default controller have a price. A cell that turns much faster
-# than the spiral above can make them circle around the equilibrium for ever, which the
-# result of the solve then says. `inn.PseudoTransient(safety=0.3)` makes shorter ones.
-
-# %% [markdown]
+# Long steps can make a cell that turns much faster than the spiral circle around its
+# equilibrium for ever. The result of the solve says so, and
+# `inn.PseudoTransient(safety=0.3)` takes shorter steps.
+#
 # ## Stop in time: a neural ODE
 #
-# `inn.NeuralODE` follows the same flow from time 0 to `t1` and returns where it then
-# is. That is no equilibrium, and the residual of its solution says how far from one.
+# `inn.NeuralODE` follows the flow from time 0 to `t1`. The state there is not an
+# equilibrium, and the solution's residual says how far away it is.
 
 # %%
 x = xs[0]
@@ -186,74 +184,65 @@ def follow(t1):
 
 print("time  evaluations  relative distance to the equilibrium")
 for t1 in (1.0, 2.0, 5.0, 10.0, 20.0, 40.0):
-    # An array, so that every time is served by one compilation.
+    # An array, so that all times share one compiled program.
     solution = follow(jnp.array(t1))
     distance = jnp.linalg.norm(solution.z_star - z_star) / jnp.linalg.norm(z_star)
     print(f"{t1:4.0f} {solution.stats['nfe']:12} {distance:10.1e}")
 
 # %% [markdown]
-# Close to the equilibrium it comes only as slowly as the flow does. The steady-state
-# solvers above do not keep to the path, and are there sooner.
+# The neural ODE approaches the equilibrium at the speed of the flow. The steady-state
+# solvers above leave the path and arrive sooner.
 #
 # ## What a gradient costs
 #
-# The gradient of an equilibrium follows from the equilibrium alone: one linear system,
-# solved by products with the cell's Jacobian, whatever the solver has done. That of a
-# neural ODE follows from its path, and has to go all the way back: every evaluation is
-# pulled back by one product, and since Diffrax keeps only some of the states on the
-# way, it is made again for that.
+# The gradient of an equilibrium needs the equilibrium alone: one linear system, solved
+# by products with the cell's Jacobian, whatever the solver did. The gradient of a
+# neural ODE needs its path: one product for every evaluation, and the evaluation again,
+# since Diffrax keeps only some of the states.
 #
-# So let a cell note when it is evaluated.
+# This cell counts its evaluations:
 
 
 # %%
-class Noted(eqx.Module):
-    """A cell that notes each of its evaluations."""
-
+class Counted(eqx.Module):
     cell: Cell
 
     def __call__(self, z, x):
-        jax.debug.callback(lambda: notes.append("evaluated"))
+        jax.debug.callback(lambda: evaluations.append(1))
         return self.cell(z, x)
 
 
-notes = []
+evaluations = []
 
 
 def num_evaluations(function, *args):
-    notes.clear()
+    evaluations.clear()
     out = jax.block_until_ready(eqx.filter_jit(function)(*args))
     jax.effects_barrier()
-    return len(notes), out
+    return len(evaluations), out
 
 
-def loss(layer, probe):
+def loss(layer_and_probe):
+    layer, probe = layer_and_probe
     # A neural ODE has no linear solve to report on.
     options = {} if probe is None else {"probe": probe}
     solution = layer.solve(x, **options)
     return jnp.sum(solution.z_star**2), solution.stats["nfe"]
 
 
-def gradient(layer, probe):
-    def one_argument(both):
-        return loss(*both)
-
-    return eqx.filter_grad(one_argument, has_aux=True)((layer, probe))
-
-
-noted = Noted(cell)
+gradient = eqx.filter_grad(loss, has_aux=True)
+counted = Counted(cell)
 probe = inn.AdjointReport.probe()
 layers = {
-    "DEQ, Anderson": (inn.DeepEquilibriumNetwork(noted), probe),
-    "DEQ, Tsit5": (inn.DeepEquilibriumNetwork(noted, dfx.Tsit5()), probe),
-    # Again arrays, so that both are served by one compilation.
-    "ODE, time 5": (inn.NeuralODE(noted, dfx.Tsit5(), t1=jnp.array(5.0)), None),
-    "ODE, time 20": (inn.NeuralODE(noted, dfx.Tsit5(), t1=jnp.array(20.0)), None),
+    "DEQ, Anderson": (inn.DeepEquilibriumNetwork(counted), probe),
+    "DEQ, Tsit5": (inn.DeepEquilibriumNetwork(counted, dfx.Tsit5()), probe),
+    "ODE, time 5": (inn.NeuralODE(counted, dfx.Tsit5(), t1=jnp.array(5.0)), None),
+    "ODE, time 20": (inn.NeuralODE(counted, dfx.Tsit5(), t1=jnp.array(20.0)), None),
 }
 costs = {}
-for name, (layer, probe) in layers.items():
-    forward, (_, nfe) = num_evaluations(loss, layer, probe)
-    both, ((_, report), _) = num_evaluations(gradient, layer, probe)
+for name, layer_and_probe in layers.items():
+    forward, (_, nfe) = num_evaluations(loss, layer_and_probe)
+    both, ((_, report), _) = num_evaluations(gradient, layer_and_probe)
     # Reverse mode is one product for every evaluation.
     products = nfe if report is None else report.num_steps
     costs[name] = forward, both - forward, int(products)
@@ -274,12 +263,12 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# The forward costs differ by the solver, and the backward cost of the two equilibria is
-# the same. That of the neural ODE grows with its forward cost, and so with time. In
-# memory, the equilibrium keeps one state, and the neural ODE some of those on its path.
+# The forward cost depends on the solver. The backward cost is the same for both
+# equilibria. For the neural ODE it grows with the time. An equilibrium keeps one state
+# in memory, a neural ODE some of the states on its path.
 #
 # ## Which one?
 #
-# * A discrete solver wherever it converges: it needs the fewest evaluations.
-# * `inn.SteadyState` where the cell is stable as a flow and not as an iteration.
-# * `inn.NeuralODE` where time means something, and the state on the way does.
+# * A discrete solver, where it converges: it needs the fewest evaluations.
+# * `inn.SteadyState`, where the cell is stable as a flow but not as an iteration.
+# * `inn.NeuralODE`, where time and the states on the way mean something.

@@ -13,10 +13,9 @@
 # %% [markdown]
 # # Many devices, checkpoints, export
 #
-# To JAX an equilibrium layer is nothing special. So what JAX does with any function it
-# does with a solve: split it over devices, save what it depends on, ship it to another
-# machine. This page does all three on a CPU that pretends to be four devices. The same
-# lines serve four GPUs, without the first two settings.
+# To JAX, a solve is a function like any other: it can be split over devices, saved and
+# exported. This page does all three, on a CPU that pretends to be four devices. Without
+# its two calls of `jax.config.update`, the code runs on four GPUs.
 
 # %%
 import tempfile
@@ -42,7 +41,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 print(jax.devices())
 
 # %% [markdown]
-# The model is that of [Choose a solver](../solvers/), a dense cell with 64 units
+# The model is the one of [Choose a solver](../solvers/): a dense cell with 64 units
 # between two linear layers, on scikit-learn's digits.
 
 
@@ -88,9 +87,8 @@ gradient = jax.jit(jax.grad(loss_fn))
 # %% [markdown]
 # ## A batch over four devices
 #
-# The weights go to every device, and a quarter of the batch to each. The code stays as
-# it is: the compiler splits the solve and its gradient, and adds up what the devices
-# have found.
+# Every device gets the weights and a quarter of the batch. The code stays as it is: the
+# compiler splits the solve and its gradient, and sums what the devices return.
 
 # %%
 mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
@@ -111,7 +109,7 @@ def relative_difference(found, wanted):
 print("relative difference to one device:", relative_difference(together, alone))
 
 # %% [markdown]
-# Nor does the training step change.
+# The training step stays as it is, too.
 
 # %%
 optimiser = optax.adam(1e-3)
@@ -142,11 +140,10 @@ print(f"loss {before[0]:.3f} at first, {before[-1]:.3f} after 100 steps")
 # %% [markdown]
 # ## Who waits for whom
 #
-# Under `vmap` an example that has converged is left as it is, and the loop goes on for
-# the others. Split by the compiler, that is one loop on all devices: in every step they
-# ask each other whether anyone has not yet converged. With `jax.shard_map` every device
-# runs a loop of its own, and they do not talk before the end. The results are the same
-# but for rounding.
+# Under `vmap` a converged example stays as it is, and the loop goes on for the others.
+# Split by the compiler, that is one loop on all devices: in every step they ask each
+# other whether any example has not converged. With `jax.shard_map` every device runs
+# its own loop, and they do not talk before the end. The results agree up to rounding.
 
 
 # %%
@@ -179,19 +176,19 @@ axis.legend(ncols=4, loc="lower center")
 plt.show()
 
 # %% [markdown]
-# The dashed line is where one loop for all ends, the lines over the bars are where four
-# loops end.
+# The dashed line is where the common loop ends. The lines over the bars are where the
+# four separate loops end.
 #
-# One caution, for CPUs only. The library brings convolutions in loops into the one form
-# that XLA runs fast on CPU. Where it compiles for a mesh, XLA (of jaxlib 0.10) undoes
-# that, and a convolutional cell runs several times slower. GPUs are not affected, nor
-# are dense cells.
+# One caution, for CPUs only. The library rewrites convolutions in loops into the one
+# form that XLA runs fast on CPU. Where XLA (of jaxlib 0.10) compiles for a mesh, it
+# undoes that, and a convolutional cell runs several times slower. Dense cells and GPUs
+# are not affected.
 #
 # ## Checkpoints
 #
-# A model is a pytree. `eqx.tree_serialise_leaves` writes its leaves into a file, and
-# those of the optimiser's state; to read them takes something of the same structure,
-# such as the start of the training. Training then goes on as if nothing had happened.
+# A model is a pytree. `eqx.tree_serialise_leaves` writes its leaves and those of the
+# optimiser's state into a file. To read them, pass a pytree of the same structure, such
+# as the start of the training. Training then goes on as if it had never stopped.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -212,9 +209,9 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# Those were arrays alone. Of a whole model, the numbers of its solver are leaves as
-# well. So what is read has the tolerances that were saved, whatever those of the model
-# that it is read into.
+# Those leaves were arrays only. In a whole model, the tolerances of the solver are
+# leaves too. So the restored model has the saved tolerances, whatever the model that it
+# was read into has.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -224,15 +221,15 @@ with tempfile.TemporaryDirectory() as folder:
 print(f"saved {model.deq.solver.rtol}, read into 0.01, got {read.deq.solver.rtol}")
 
 # %% [markdown]
-# For runs that may be killed at any moment, `benchmarks/train.py` keeps checkpoints by
-# Orbax: written beside the training, complete or not there at all, and refused by a
-# run with other settings.
+# For runs that may be killed at any moment, `python -m benchmarks.training` keeps Orbax
+# checkpoints. It writes them beside the training, complete or not at all, and a run
+# with other settings refuses them.
 #
 # ## Export
 #
-# `jax.export` compiles a function for machines that are not here, as far as that can be
-# done without them. A solve has no callback to Python in it and its gradient neither,
-# so the whole of a training gradient can go: here for CPU, CUDA and TPU at once.
+# `jax.export` compiles a function for another machine, as far as is possible here. A
+# solve and its gradient have no callback to Python, so a whole training gradient can be
+# exported, here for CPU, CUDA and TPU at once.
 
 # %%
 here = jax.device_put((params, *batch), jax.devices()[0])
@@ -243,6 +240,6 @@ difference = relative_difference(exported.call(*here), gradient(*here))
 print("relative difference of the exported gradient:", difference)
 
 # %% [markdown]
-# `exported.serialize()` makes bytes of it, for which JAX needs the package
-# `flatbuffers`, and `jax.export.deserialize` a function again, on a machine that needs
-# neither this library nor the model's code.
+# `exported.serialize()` turns it into bytes, for which JAX needs the package
+# `flatbuffers`. `jax.export.deserialize` turns them back into a function, on a machine
+# that needs neither this library nor the model's code.

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Choose a gradient
 #
-# The gradient of an equilibrium is the solution of a linear system (see
-# [Gradients](../../theory/gradients/)). Solving it exactly costs about what the forward
-# solve costs. This page puts what is cheaper beside it: how wrong is it, and in which
-# direction?
+# The gradient of an equilibrium is the solution of a linear system
+# ([Gradients](../../theory/gradients/)). To solve it exactly costs about as much as the
+# forward solve. This page compares the cheaper gradients: how wrong are they, and in
+# which direction?
 
 # %%
 import equinox as eqx
@@ -32,9 +32,9 @@ import implicitnets as inn
 # %% [markdown]
 # ## A cell of known difficulty
 #
-# $f(z, x) = \tanh(W z + x)$ with a random $W$ of a given spectral radius: near one,
-# what happens at the end of a long chain of applications still matters, and a gradient
-# that looks at a few of them misses most of it.
+# The cell is $f(z, x) = \tanh(W z + x)$ with a random $W$ of a given spectral radius.
+# Near one, the end of a long chain of applications still matters, and a gradient that
+# sees only a few of them misses most of it.
 
 
 # %%
@@ -60,7 +60,7 @@ cells = [make_cell(radius) for radius in radii]
 
 
 def gradients(adjoint):
-    """Of one loss with respect to the weights, and its cost, a row for every radius."""
+    """The gradient of one loss and its cost, a row for every radius."""
     reports = isinstance(adjoint, inn.AbstractReportingAdjoint)
     probe = inn.AdjointReport.probe() if reports else None
 
@@ -84,7 +84,7 @@ def gradients(adjoint):
 
 
 def num_products(adjoint, report, nfe):
-    """What an adjoint reports, and what is known of those that do not report."""
+    """What the adjoint reports, or what its definition says."""
     if report is not None:
         return int(report.num_steps)
     if isinstance(adjoint, inn.JacobianFreeAdjoint):
@@ -109,9 +109,9 @@ def compare(adjoint):
 # %% [markdown]
 # ## Every adjoint
 #
-# One constructor argument each. The relative error says how wrong a gradient is, its
-# cosine to the exact one how far it points elsewhere, and the number of products with
-# the cell's Jacobian what the backward pass costs.
+# An adjoint is one constructor argument. The table has each gradient's relative error,
+# its cosine to the exact gradient, and the number of products with the cell's Jacobian
+# that the backward pass makes.
 
 # %%
 adjoints = {
@@ -142,10 +142,10 @@ plt.show()
 # %% [markdown]
 # ## Did it work?
 #
-# The backward pass cannot return anything but gradients. So its report is one: give
-# the layer a probe of zeros, and the gradient with respect to the probe has the steps
-# of the linear solve, its residual and its result. That works in `jit` and `vmap`, and
-# costs nothing without a probe.
+# A backward pass returns nothing but gradients, so its report is one too. Give the
+# layer a probe of zeros: the gradient with respect to the probe has the steps of the
+# linear solve, its residual and its result. This works in `jit` and `vmap`, and is free
+# without a probe.
 
 
 # %%
@@ -165,10 +165,9 @@ for max_steps in (100, 5):
     )
 
 # %% [markdown]
-# What should happen when the linear solve fails? By default the best that it found is
-# used. With a `fallback`, the systems that failed, and only those, are solved by
-# something that cannot fail: here five terms of a damped Neumann series, which is the
-# phantom gradient.
+# If the linear solve fails, the gradient uses the best solution that it found. With a
+# `fallback`, the systems that failed are solved by something that cannot fail: here
+# five terms of a damped Neumann series, which is the phantom gradient.
 
 # %%
 cautious = inn.ImplicitAdjoint(
@@ -180,10 +179,10 @@ print(f"at radius 0.9: relative error {error[1]:.2f}, cosine {cosine[1]:.3f}")
 # %% [markdown]
 # ## Which one?
 #
-# * `inn.ImplicitAdjoint`, the default, wherever the gradient matters as a
-#   number: physics, second derivatives, sensitivity, small models.
-# * `inn.PhantomAdjoint` or `inn.JacobianFreeAdjoint` to train
-#   large networks fast, with a penalty that keeps the spectral radius down.
-# * `inn.ShineAdjoint` if Broyden's method solves anyway.
-# * `optx.RecursiveCheckpointAdjoint()` when the solver stops so early that its steps,
-#   and not an equilibrium, are the model.
+# * `inn.ImplicitAdjoint`, the default, where the gradient matters as a number: physics,
+#   second derivatives, sensitivities, small models.
+# * `inn.PhantomAdjoint` or `inn.JacobianFreeAdjoint`, to train large networks fast,
+#   with a penalty that keeps the spectral radius down.
+# * `inn.ShineAdjoint`, if Broyden's method solves anyway.
+# * `optx.RecursiveCheckpointAdjoint()`, if the solver stops so early that its steps are
+#   the model.

@@ -13,14 +13,14 @@
 # %% [markdown]
 # # A DEQ language model
 #
-# A transformer all of whose layers are the same is a deep equilibrium network: instead
-# of stacking the layer, solve for the state that it no longer changes
-# ([Bai et al., 2019](https://arxiv.org/abs/1909.01377)). `inn.models.DEQTransformer` is
-# that model, with relative attention and a memory as in Transformer-XL. Here it learns
-# to continue a text, character by character.
+# A transformer whose layers are all the same is a deep equilibrium network: instead of
+# stacking the layer, solve for the state that it no longer changes ([Bai et al.,
+# 2019](https://arxiv.org/abs/1909.01377)). `inn.models.DEQTransformer` is that model,
+# with the relative attention and the memory of Transformer-XL. Here it learns to
+# continue a text, character by character.
 #
-# The text is on every machine that has Python: the chapters of its language reference
-# that `help()` shows.
+# The text comes with Python: it is the part of the language reference that `help()`
+# shows.
 
 # %%
 import collections
@@ -39,7 +39,7 @@ import implicitnets as inn
 
 text = " ".join(pydoc_data.topics.topics.values()).lower()
 text = " ".join(text.encode("ascii", "ignore").decode().split())
-# The most frequent characters come first, as the model likes it.
+# The most frequent characters come first, as the model expects.
 alphabet = [character for character, _ in collections.Counter(text).most_common()]
 numbers = {character: number for number, character in enumerate(alphabet)}
 tokens = np.array([numbers[character] for character in text], np.int32)
@@ -50,7 +50,7 @@ print(text[:70])
 # ## Segments
 #
 # The text is cut into 8 streams, and each stream into segments of 64 characters. A
-# step of the training sees a segment of every stream; the next step sees the next ones.
+# training step takes one segment of every stream, and the next step the next segments.
 # The end of each stream is kept for the test.
 
 # %%
@@ -69,10 +69,10 @@ print(f"{len(inputs)} segments a stream")
 # %% [markdown]
 # ## The model and its memory
 #
-# A call sees one segment and a memory, and returns the memory for the next. The memory
-# holds equilibria at earlier positions: attention looks at them as it looks at the
-# segment itself, so that they need not be solved for again. They are constants for the
-# gradient.
+# A call takes one segment and a memory, and returns the memory for the next segment.
+# The memory holds equilibria at earlier positions. Attention reads them like the
+# segment itself, so they are not solved for again. The gradient treats them as
+# constants.
 
 # %%
 config = inn.models.TransformerConfig(
@@ -102,7 +102,7 @@ def loss_fn(model, x, y, memory):
 # %% [markdown]
 # ## The training
 #
-# The first part unrolls the cell to a fixed depth, which is cheap, and the rest solves
+# The first 150 steps unroll the cell to a fixed depth, which is cheap. The rest solve
 # for the equilibrium.
 
 
@@ -144,13 +144,13 @@ for axis, values, name in zip(axes, (losses, evaluations), ("loss", "evaluations
 plt.show()
 
 # %% [markdown]
-# The dashed line is where the model goes over from three applications of its cell to
-# its equilibrium.
+# At the dashed line the model switches from three applications of its cell to its
+# equilibrium.
 #
 # ## What the memory is worth
 #
-# On text that it has not seen, with the memory handed on, and with an empty one for
-# every segment.
+# The loss on unseen text, with the memory passed on, and with an empty memory for every
+# segment:
 
 
 # %%
@@ -167,7 +167,7 @@ def evaluate(model, x, y, carried):
 
 by_position = {}
 for name, carried in (("carried", True), ("empty", False)):
-    # An array, so that both are served by one compilation.
+    # An array, so that both share one compiled program.
     carried = jnp.array(carried)
     found = evaluate(model, inputs[-num_test:], targets[-num_test:], carried)
     by_position[name] = jnp.mean(found[1:], axis=0)
@@ -182,12 +182,13 @@ axis.legend(title="memory")
 plt.show()
 
 # %% [markdown]
-# The first characters of a segment are where it counts: without a memory the model has
-# hardly anything to go by there.
+# The memory helps most at the start of a segment, where the model has little else to go
+# by.
 #
 # ## A sample
 #
-# One character at a time: a segment of one position, and the memory.
+# The model writes one character at a time, from a segment of one position and the
+# memory:
 
 
 # %%
@@ -212,7 +213,7 @@ for start in range(0, len(line), 70):
     print(line[start : start + 70])
 
 # %% [markdown]
-# A few hundred steps of so small a model give short words and no sense. The published
-# sizes are `inn.models.TransformerConfig.wikitext103()` and its siblings, and
-# `python benchmarks/train.py transformer --data-dir book.txt` trains on any text of
-# yours, with checkpoints.
+# A few hundred steps of so small a model give short words and no sense.
+# `inn.models.TransformerConfig.wikitext103()` and its siblings are the published sizes,
+# and `python -m benchmarks.training transformer --data-dir book.txt` trains on any
+# text, with checkpoints.

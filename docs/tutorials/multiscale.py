@@ -13,11 +13,11 @@
 # %% [markdown]
 # # Several scales
 #
-# A state need not be one array. A *multiscale* equilibrium network has a fine state,
-# for where things are, and coarser ones, for what they are, and solves for all of them
-# at once ([Bai et al., 2020](https://arxiv.org/abs/2006.08656)). No scale comes first:
-# each sees the others in every evaluation of the cell, and at the equilibrium they
-# agree. This page builds such a layer for scikit-learn's digits.
+# A *multiscale* equilibrium network has a fine state, for where things are, and coarser
+# states, for what they are. It solves for all of them at once ([Bai et al.,
+# 2020](https://arxiv.org/abs/2006.08656)). Every scale sees the others in each
+# evaluation of the cell, and at the equilibrium they agree. This page builds such a
+# layer for scikit-learn's digits.
 
 # %%
 import equinox as eqx
@@ -42,14 +42,15 @@ train_size = 1437
 # %% [markdown]
 # ## The layer
 #
-# Three scales: 8 x 8, 4 x 4 and 2 x 2, with more channels where there are fewer pixels.
-# `inn.MultiScaleDeepEquilibriumNetwork` makes its cell from three kinds of layers:
+# There are three scales, 8 x 8, 4 x 4 and 2 x 2, with more channels where there are
+# fewer pixels. `inn.MultiScaleDeepEquilibriumNetwork` makes its cell from three kinds
+# of layers:
 #
-# * a *main layer* for every scale, which sees its own state. The first, that of the
-#   finest scale, also sees the input;
-# * a square matrix of *mapping layers*: that in row $i$ and column $j$ brings scale $i$
-#   to the shape of scale $j$. Every scale becomes the sum of its column;
-# * *post-fuse layers*, one a scale, for what comes after the sum.
+# * a *main layer* for every scale takes the scale's own state. The main layer of the
+#   finest scale also takes the input;
+# * *mapping layers* form a square matrix. The layer in row $i$ and column $j$ brings
+#   scale $i$ to the shape of scale $j$, and every scale becomes the sum of its column;
+# * a *post-fuse layer* for every scale takes that sum.
 
 # %%
 channels = (8, 16, 32)
@@ -107,8 +108,8 @@ def make_layer(key):
 
 
 # %% [markdown]
-# The state is a tuple of arrays. So is everything that speaks of it: the start, the
-# residual, the equilibrium. Solvers and adjoints do not care.
+# The state is a tuple of arrays, and so are the start, the residual and the
+# equilibrium. Any solver and any adjoint works on it.
 
 # %%
 deq = make_layer(jr.key(0))
@@ -120,7 +121,7 @@ print(f"evaluations: {solution.stats['nfe']}")
 # %% [markdown]
 # ## Train it
 #
-# A linear layer for every scale, and the logits are their sum. The phantom gradient
+# Every scale has a linear layer, and the logits are their sum. The phantom gradient
 # above is a cheap one: see [Choose a gradient](../gradients/).
 
 
@@ -168,7 +169,7 @@ for step in range(100):
     history.append(metrics)
 
 run = eqx.filter_jit(lambda model, x: jax.vmap(model)(x))
-# All the images at once: one compilation.
+# All the images at once, to compile once.
 logits, everywhere = run(model, images)
 _, solution = jax.tree.map(lambda a: a[train_size:], (logits, everywhere))
 correct = (jnp.argmax(logits, 1) == labels)[train_size:]
@@ -185,7 +186,7 @@ plt.show()
 # %% [markdown]
 # ## What each scale shows
 #
-# The same images, once for each scale: the norm of the state over the channels.
+# Each row shows one scale: the norm of its state over the channels.
 
 # %%
 figure, axes = plt.subplots(4, 8, figsize=(9, 4.8), layout="constrained")
@@ -200,10 +201,10 @@ for axis in axes.flat:
 plt.show()
 
 # %% [markdown]
-# How far does a pixel reach? The derivative of the equilibrium with respect to the
-# pixel in one corner tells, in forward mode and by the exact adjoint. One evaluation of
-# the cell carries information by about a pixel of each scale, and that is a long way at
-# 2 x 2: through the coarse scales the corner reaches everything.
+# The derivative of the equilibrium with respect to the pixel in one corner shows how
+# far that pixel reaches. It is computed in forward mode with the exact adjoint. One
+# evaluation of the cell carries information by about a pixel of each scale, which is
+# far at 2 x 2: through the coarse scales the corner reaches everything.
 
 # %%
 corner = jnp.zeros((1, 8, 8)).at[0, 0, 0].set(1.0)
@@ -219,8 +220,8 @@ figure.colorbar(axes[0].images[0], ax=axes, label="log10 of the relative change"
 plt.show()
 
 # %% [markdown]
-# How much does each scale know? A classifier of its own, fitted to the pooled state of
-# that scale alone, the mean over its pixels: as many numbers as the scale has channels.
+# How much does each scale know? Fit a classifier to the state of that scale alone,
+# averaged over its pixels: as many numbers as the scale has channels.
 
 # %%
 for z, n in zip(everywhere.z_star, sizes):
@@ -234,10 +235,10 @@ for z, n in zip(everywhere.z_star, sizes):
 # ## The published networks
 #
 # `inn.models.MDEQ` is the network of the paper: residual blocks as main layers, group
-# and weight normalisation, dropout with one mask a solve, and a head that goes from the
-# finest scale to the coarsest. `inn.models.MDEQConfig` has its sizes, from CIFAR-10 to
-# Cityscapes, and `inn.models.MDEQSegmenter` classifies every pixel. Their cell is made
-# as that of this page, from an `inn.MultiScaleCell`.
+# and weight normalisation, dropout with one mask per solve, and a head from the finest
+# scale to the coarsest. `inn.models.MDEQConfig` has its sizes, from CIFAR-10 to
+# Cityscapes, and `inn.models.MDEQSegmenter` classifies every pixel. Their cell is an
+# `inn.MultiScaleCell`, like the cell of this page.
 
 # %%
 print(inn.models.MDEQConfig.imagenet_small())

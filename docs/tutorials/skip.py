@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Skip and pretraining
 #
-# What a solve costs depends on where it starts. This page trains one classifier of
-# scikit-learn's digits with three kinds of start
-# ([Pal et al., 2022](https://arxiv.org/abs/2201.12240)), pretrains it by unrolling, and
-# then starts solves from the equilibria of the last ones.
+# The cost of a solve depends on its start. This page trains a classifier of
+# scikit-learn's digits with three kinds of start ([Pal et al.,
+# 2022](https://arxiv.org/abs/2201.12240)), pretrains it by unrolling, and starts solves
+# at earlier equilibria.
 
 # %%
 import equinox as eqx
@@ -43,10 +43,9 @@ test_pixels, test_labels = pixels[1500:], labels[1500:]
 # %% [markdown]
 # ## Three starts
 #
-# * plain: at zero;
-# * *Skip*: at `init(x)`, an explicit network that is trained along;
-# * *Skip-regularised*: at `cell(0, x)`, the cell's own first answer, which takes no
-#   more parameters.
+# * plain starts at zero;
+# * *Skip* starts at `init(x)`, an explicit network that is trained along;
+# * *Skip-regularised* starts at `cell(0, x)`, and has no more parameters.
 
 
 # %%
@@ -86,12 +85,12 @@ def make_model(kind, size=64):
 #
 # An equilibrium model learns its first steps faster as an ordinary deep network.
 # `inn.set_fixed_depth(model, 5)` unrolls its cell five times and differentiates through
-# that; `inn.set_fixed_depth(model, 0)` makes the same model implicit again. Nothing
-# changes but a Python integer, so the state of the optimiser goes on working.
+# that. `inn.set_fixed_depth(model, 0)` makes the model implicit again. Only a Python
+# integer changes, so the optimiser's state goes on working.
 #
 # `inn.skip_penalty` is the mean squared error between the equilibrium and the start. It
-# teaches the start where the equilibrium is, and the cell to have it near the start. It
-# has a weight of 0.01 in the paper, and of 1 here, since the state is small.
+# teaches the start where the equilibrium is, and the cell to keep the equilibrium near.
+# Its weight is 0.01 in the paper, and 1 here, where the state is small.
 
 # %%
 optimiser = optax.adam(2e-3)
@@ -174,12 +173,12 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# The distance is the penalty, without its weight. Five layers that are trained as such
-# need not be on their way to an equilibrium: after the switch, the model without a
-# penalty has to find one first. With the penalty all is smooth, and both predicted
-# starts are closer to the equilibrium than zero is, and take fewer evaluations.
+# The distance is the penalty, without its weight. Five layers trained as such need not
+# lead to an equilibrium, so the model without a penalty has to find one after the
+# switch. With the penalty the switch is smooth, and both predicted starts are closer to
+# the equilibrium than zero and take fewer evaluations.
 #
-# What did pretraining save? The same model, implicit from the first step on:
+# To see what pretraining saves, train the same model implicitly from the first step:
 
 # %%
 model, _, cost = train(
@@ -194,9 +193,9 @@ print(
 # %% [markdown]
 # ## Start from the last solve
 #
-# Where inputs change slowly, as in a video or from one time step to the next, the last
-# equilibrium is a better start than any guess. A call's own `z0=` wins over the
-# layer's start. Here an image becomes another one in 20 frames.
+# If inputs change slowly, as in a video or from one time step to the next, the last
+# equilibrium is the best start. The `z0=` of a call replaces the layer's start. Here
+# one image turns into another in 20 frames.
 
 
 # %%
@@ -234,5 +233,5 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# In training, the same holds for a batch that comes again: keep its equilibria, and
-# give them as `z0` the next time.
+# The same works in training for a batch that comes again: keep its equilibria, and pass
+# them as `z0` the next time.

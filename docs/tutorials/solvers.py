@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Choose a solver
 #
-# One model, trained once, then solved in every way that there is. What a solver costs
-# is counted in evaluations of the cell; what it achieves is the relative residual
-# $\lVert f(z) - z \rVert / \lVert f(z) \rVert$. Both come from
-# `inn.residual_trace`, which works with any Optimistix solver.
+# This page trains one model and solves it with every kind of solver. The cost of a
+# solver is its evaluations of the cell. Its result is the relative residual $\lVert
+# f(z) - z \rVert / \lVert f(z) \rVert$. `inn.residual_trace` records both, for any
+# Optimistix solver.
 
 # %%
 import diffrax as dfx
@@ -37,8 +37,8 @@ from implicitnets import plot
 # %% [markdown]
 # ## A model to solve
 #
-# A classifier of scikit-learn's digits: a dense cell with 64 units between two linear
-# layers.
+# The model classifies scikit-learn's digits: a dense cell with 64 units between two
+# linear layers.
 
 
 # %%
@@ -104,8 +104,8 @@ print(f"accuracy on the last 297 images: {accuracy(model):.1%}")
 # %% [markdown]
 # ## Every solver
 #
-# Root finders, fixed-point solvers, and ODE solvers that follow $\dot z = f(z, x) - z$
-# to where it no longer changes. An ODE solver given to a layer is short for
+# There are root finders, fixed-point solvers, and ODE solvers that follow
+# $\dot z = f(z, x) - z$ until it rests. In a layer, an ODE solver alone is short for
 # `inn.SteadyState` of it.
 
 # %%
@@ -143,13 +143,13 @@ axes.set(xlim=(0, 120), ylim=(1e-6, 2))
 plt.show()
 
 # %% [markdown]
-# Not every solver succeeds on every image, and each says so. Newton-Krylov takes only
-# steps that lessen the residual, and so can be caught where it is least but not zero.
-# The others let it grow on the way, and get out.
+# Not every solver succeeds on every image, and each says so. Newton-Krylov only takes
+# steps that lessen the residual, so it can stop at a local minimum of the residual. The
+# other solvers let the residual grow on the way, and leave such a minimum.
 #
 # The slope of plain iteration is the spectral radius of the cell's Jacobian at the
-# equilibrium. Where the eigenvalues are tells what acceleration can gain: few large
-# ones apart from a cluster near zero are found and taken out one by one.
+# equilibrium. The eigenvalues show what acceleration can gain: it removes a few large
+# ones that stand apart from a cluster near zero.
 
 # %%
 x = xs[0]
@@ -159,8 +159,8 @@ plt.show()
 # %% [markdown]
 # ## Swap it
 #
-# The trained model runs with any of them. `eqx.tree_at` changes the one leaf, and
-# nothing else of the model.
+# The trained model runs with any of them. `eqx.tree_at` changes the solver and nothing
+# else.
 
 # %%
 for name in ("Broyden", "Newton-Krylov", "VCABM3"):
@@ -170,11 +170,10 @@ for name in ("Broyden", "Newton-Krylov", "VCABM3"):
 # %% [markdown]
 # ## Which one?
 #
-# * `inn.AndersonAcceleration` is the default: little work beside the
-#   evaluations, and few of them.
-# * `inn.Broyden` builds an inverse Jacobian, which `inn.ShineAdjoint` uses, and tells
-#   when it stagnates.
-# * `inn.NewtonKrylov` for high accuracy: close to the equilibrium it converges faster
-#   than at any rate.
-# * ODE solvers for cells that are stable as a flow and not as an iteration: with
-#   eigenvalues far to the left, where plain iteration diverges.
+# * `inn.AndersonAcceleration`, the default, needs few evaluations and adds little work.
+# * `inn.Broyden` builds an inverse Jacobian, which `inn.ShineAdjoint` uses, and notices
+#   stagnation.
+# * `inn.NewtonKrylov` reaches high accuracy: it converges superlinearly near the
+#   equilibrium.
+# * ODE solvers suit cells that are stable as a flow but not as an iteration: their
+#   eigenvalues lie far to the left, where plain iteration diverges.

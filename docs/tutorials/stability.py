@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Keep it stable
 #
-# Nothing in a loss says that equilibria must be easy to find, so nothing keeps training
-# from cells whose equilibria are not. This page shows what that looks like, and
-# measures what helps, on one small classifier of scikit-learn's digits.
+# A loss does not ask for equilibria that are easy to find, so training can make them
+# hard to find. This page shows how that looks on a small classifier of scikit-learn's
+# digits, and measures four remedies.
 
 # %%
 from collections.abc import Callable
@@ -44,9 +44,9 @@ test_pixels, test_labels = pixels[1500:], labels[1500:]
 # %% [markdown]
 # ## A training run
 #
-# A dense cell of 64 units between two linear layers. Its weights are twice as long at
-# the start as they usually are, the learning rate is high, and the solver has 30 steps
-# and its adjoint 60 products, so that there is trouble to see.
+# The model is a dense cell of 64 units between two linear layers. To make trouble, its
+# initial weights are twice as large as usual, the learning rate is high, the solver has
+# 30 steps and the adjoint 60 products.
 
 
 # %%
@@ -84,12 +84,10 @@ def make_model(
 
 
 # %% [markdown]
-# A step returns, beside the model, what can be known about it for free: how many of the
-# forward solves were successful, and how many of the backward ones. The latter come as
-# the gradient with respect to a *probe*, one for each example, because a backward pass
-# has no other way to return anything.
-#
-# `penalty(model, z, x, step, key)` is added to the loss.
+# A training step also returns which forward and backward solves were successful. A
+# backward pass can return nothing but gradients, so its report is the gradient with
+# respect to a *probe*, one for each example. `penalty(model, z, x, step, key)` is added
+# to the loss.
 
 # %%
 optimiser = optax.adam(1e-2)
@@ -165,30 +163,23 @@ report("trained", plain)
 # %% [markdown]
 # ## What it looks like
 #
-# First, `solution.result`: in training a solve that fails does not raise, it is
-# counted. Second, the residuals. Third, the spectrum of the cell's Jacobian at the
-# equilibrium: plain iteration converges if it lies in the unit circle, acceleration
-# reaches a little further, and the gradient does not exist where an eigenvalue is 1.
-
-# %%
-figure, axes = plt.subplots(1, 2, layout="constrained", figsize=(8, 3))
-plot.training(plain_records, ["forward", "backward"], axes=axes[0])
-axes[0].set(ylabel="successful solves", ylim=(-0.05, 1.05))
-plot.training(plain_records, ["gradient norm"], axes=axes[1])
-axes[1].set(yscale="log")
-plt.show()
+# `solution.result` counts the solves that failed, since none of them raises. The
+# residuals show how far they came. The spectrum of the cell's Jacobian at the
+# equilibrium shows why: plain iteration converges if it lies in the unit circle,
+# acceleration reaches a little further, and there is no gradient at an eigenvalue of 1.
 
 
 # %%
-def trace(model, max_steps=100):
+@eqx.filter_jit
+def trace(model):
     def one_example(x):
         x = model.stem(x)
         z0 = model.deq.start(x)
         return inn.residual_trace(
-            model.deq.cell, model.deq.solver, z0, x, max_steps=max_steps
+            model.deq.cell, model.deq.solver, z0, x, max_steps=100
         )
 
-    return eqx.filter_jit(jax.vmap(one_example))(test_pixels[:64])
+    return jax.vmap(one_example)(test_pixels[:64])
 
 
 @eqx.filter_jit
@@ -197,14 +188,14 @@ def equilibrium(model):
     return model.deq(x), x
 
 
-def show_spectrum(model, axes):
-    plot.spectrum(model.deq.cell, *equilibrium(model), axes=axes)
-
-
-figure, axes = plt.subplots(1, 3, layout="constrained", figsize=(10, 3.2))
-plot.convergence({"before": trace(make_model()), "trained": trace(plain)}, axes=axes[0])
-show_spectrum(make_model(), axes[1])
-show_spectrum(plain, axes[2])
+figure, axes = plt.subplots(2, 2, layout="constrained", figsize=(8, 6))
+plot.training(plain_records, ["forward", "backward"], axes=axes[0, 0])
+axes[0, 0].set(ylabel="successful solves", ylim=(-0.05, 1.05))
+traces = {"before": trace(make_model()), "trained": trace(plain)}
+plot.convergence(traces, axes=axes[0, 1])
+for name, model, axis in zip(traces, (make_model(), plain), axes[1]):
+    plot.spectrum(model.deq.cell, *equilibrium(model), axes=axis)
+    axis.set(title=name)
 plt.show()
 
 
@@ -212,12 +203,12 @@ plt.show()
 # ## Penalise the Jacobian
 #
 # `inn.jacobian_penalty` estimates, from one random vector, the mean squared norm of an
-# output's gradient with respect to the state, at the equilibrium. It need not be there
-# in every step: `inn.sometimes` computes it in a random part of them. And it need not
-# be there from the start: `inn.growing_weight` is a schedule for its weight.
+# output's gradient with respect to the state, at the equilibrium. `inn.sometimes`
+# computes it in a random part of the steps only, and `inn.growing_weight` is a schedule
+# for its weight.
 #
-# The weight is a trade, and has to be found: too small, and solves still fail; too
-# large, and the cell hardly looks at its state.
+# The weight is a trade-off. If it is too small, solves still fail; if it is too large,
+# the cell ignores its state.
 
 # %%
 weight = inn.growing_weight(initial=1.0, increment=1.0, every=60)
@@ -241,10 +232,9 @@ plt.show()
 # %% [markdown]
 # ## Normalise the weights
 #
-# `inn.nn.spectral_norm` bounds the two-norm of each weight. As the slope of the
-# hyperbolic tangent is at most one, a bound of 0.9 makes the cell a contraction: one
-# equilibrium, and plain iteration finds it. The price is what such a cell cannot
-# express.
+# `inn.nn.spectral_norm` bounds the two-norm of each weight. The slope of `tanh` is at
+# most one, so a bound of 0.9 makes the cell a contraction. It has one equilibrium,
+# plain iteration finds it, and it can express less.
 
 # %%
 cell = Cell(key=jr.key(1))
@@ -254,10 +244,10 @@ report("spectral norm", normalised)
 # %% [markdown]
 # ## Take a cell with a guarantee
 #
-# `inn.nn.WellPosedCell` is a contraction in the maximum norm, by construction.
-# `inn.nn.MonotoneCell` has one equilibrium for every input whatever its weights are,
-# also where plain iteration diverges: its spectral radius may be above one. Operator
-# splitting always converges to it, so that is the solver to take.
+# `inn.nn.WellPosedCell` is a contraction in the maximum norm by construction.
+# `inn.nn.MonotoneCell` has one equilibrium whatever its weights, also where its
+# spectral radius is above one and plain iteration diverges. Solve it by operator
+# splitting, which always converges.
 
 # %%
 monotone = inn.nn.MonotoneCell(64, 64, key=jr.key(1))
@@ -268,10 +258,10 @@ report("MonotoneCell", guaranteed)
 # %% [markdown]
 # ## Catch what fails
 #
-# A backward solve that fails returns the best that it found, which may be a long vector
-# in a wrong direction. With a `fallback`, the examples whose solve failed, and only
-# they, get the gradient of something that cannot fail: five terms of a damped Neumann
-# series. To see the difference, the linear solver has ten products here and not 60.
+# A backward solve that fails returns the best solution that it found, which may be
+# large and point the wrong way. With a `fallback`, the examples whose solve failed get
+# another gradient, here five terms of a damped Neumann series, which cannot fail. To
+# show the difference, the linear solver has ten products instead of 60.
 
 # %%
 short = inn.GivensGMRES(rtol=1e-4, atol=0.0, max_steps=10)
@@ -282,7 +272,7 @@ adjoints = {
 }
 for name, adjoint in adjoints.items():
     model, records = train(make_model(adjoint=adjoint))
-    # A test needs no gradient: that with the adjoint of above is compiled already.
+    # A test needs no gradient, and the test with this adjoint is compiled already.
     report(name, eqx.tree_at(lambda m: m.deq.adjoint, model, plain.deq.adjoint))
     norms = np.array([record["gradient norm"] for record in records])
     failed = 1 - np.mean([record["backward"] for record in records])
@@ -294,12 +284,7 @@ for name, adjoint in adjoints.items():
 # %% [markdown]
 # ## What to do
 #
-# | what you see | what to do |
-# | --- | --- |
-# | solves out of steps, residuals still falling | more steps, a longer history |
-# | ever more solves fail as training goes on | penalise the Jacobian, from early on |
-# | no solve may ever fail | normalise the weights, or take a cell with a guarantee |
-# | failed backward solves, jumps of the gradient | a fallback, a clipped gradient |
-# | values that are not finite | look at what the cell computes, not at the solver |
-#
-# [How to choose](../../choose/) has more of it.
+# Penalise the Jacobian if more solves fail as training goes on. Normalise the weights,
+# or take a cell with a guarantee, if no solve may fail. Give a fallback, or clip the
+# gradient, if backward solves fail. [How to choose](../../choose/) has a table of
+# symptoms.
