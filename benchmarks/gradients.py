@@ -2,49 +2,29 @@
 
 The relative error and the cosine to the exact gradient, the Jacobian products and the
 time of the backward pass alone, and temporary memory, on dense and convolutional cells
-from easy to hard; the errors at equal numbers of products; what the adjoints promise;
-and memory against the number of solver steps.
+from easy to hard; and memory against the number of solver steps.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import matplotlib.pyplot as plt
 import numpy as np
 import optimistix as optx
 import tyro
 from jaxtyping import Array
-from matplotlib.figure import Figure
 
 import implicitnets as inn
 
-from .kit.measure import (
-    compile_and_run,
-    print_table,
-    progress,
-    promise,
-    promise_figure,
-    Row,
-    save,
-    time_calls,
-    TimingSettings,
-)
 from .kit.methods import backward_products, gradient_program, Method, ROUNDING
-from .kit.problems import (
-    conv_tanh,
-    dense_tanh,
-    layer_cell,
-    Problem,
-    Reference,
-    reference,
-    residuals,
-    resnet,
-)
+from .kit.problems import conv_tanh, dense_tanh, layer_cell, Problem, resnet
+from .kit.reference import Reference, reference, residuals
+from .kit.results import save, TimingSettings
+from .kit.tables import print_table, Row
+from .kit.timing import compile_and_run, progress, time_calls
 
 
 # Tight, so that a gradient's error is the adjoint's.
@@ -52,13 +32,8 @@ TOLERANCE = 1e-6
 # A loss may be as small as this.
 SCALE = 1e-8
 DEPTHS = (5, 50, 200)
+MEMORY = "temporary memory (MB)"
 UNROLLED = "plain iteration, unrolled"
-# Adjoints that cost so many products, with and without Broyden's inverse.
-EQUAL_COST = {
-    0: ("Jacobian-free", "SHINE, 0 refinements"),
-    2: ("Neumann, 3 terms", "GMRES, 2 products", "SHINE, 1 refinement"),
-    6: ("Neumann, 7 terms", "GMRES, 6 products", "SHINE, 5 refinements"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +123,7 @@ def pull_back_program(problem: Problem, method: Method) -> Callable:
 
 def compare(config: Config, problem: Problem) -> list[Row]:
     """Every adjoint on one problem."""
-    problem = dataclasses.replace(
-        problem,
-        inputs=problem.inputs[: config.batch],
-        cotangent=problem.cotangent[: config.batch],
-    )
+    problem = problem.first(config.batch)
     ref = reference(problem)
     rows, calls = [], {}
     for method in progress(methods(), problem.name):
@@ -199,53 +170,6 @@ def megabytes(program: Callable, *arguments: Any) -> float:
     return float("nan") if memory is None else memory.temp_size_in_bytes / 1e6
 
 
-def promises(rows: list[Row]) -> list[Row]:
-    """What the adjoints promise, from the table."""
-    lines = []
-    for name in dict.fromkeys(row["problem"] for row in rows):
-        of = {row["adjoint"]: row for row in rows if row["problem"] == name}
-
-        def ratio(column, adjoint, other, of=of):
-            return of[adjoint][column] / of[other][column]
-
-        exact = of["implicit"]
-        ours = exact[f"error at scale {SCALE:g}"] / exact["gradient error"]
-        what = f"{name}: implicit, error of a loss x {SCALE:g} / x 1"
-        lines.append(promise(what, ours, 1.1))
-        steps = ["Jacobian-free"] + [f"phantom, {n} steps" for n in (2, 5, 20)]
-        for fewer, more in itertools.pairwise(steps):
-            what = f"{name}: error, {more} / {fewer}"
-            shrinks = ratio("gradient error", more, fewer)
-            lines.append(promise(what, shrinks, 1.0, below=True))
-        if "0.99" in name:
-            for cheap in ("Jacobian-free", "SHINE, 0 refinements"):
-                what = f"{name}: time, {cheap} / implicit"
-                lines.append(
-                    promise(what, ratio("backward (ms)", cheap, "implicit"), 0.1)
-                )
-    return lines
-
-
-def shine(rows: list[Row]) -> list[Row]:
-    """Whether what Broyden's method has learned helps, at equal cost.
-
-    The columns say how many products each costs.
-    """
-    table = []
-    for name in dict.fromkeys(row["problem"] for row in rows):
-        of = {row["adjoint"]: row for row in rows if row["problem"] == name}
-        line: Row = {"problem": name}
-        for cost, adjoints in EQUAL_COST.items():
-            for adjoint in adjoints:
-                row = of[adjoint]
-                if row["products"] != cost:
-                    raise RuntimeError(f"{adjoint} took {row['products']} products.")
-                column = f"{adjoint.split(',')[0]}, {cost} products"
-                line[column] = row["gradient error"]
-        table.append(line)
-    return table
-
-
 def memory() -> list[Row]:
     """Temporary memory of a gradient against the solver's steps, on the ResNet cell."""
     problem = resnet(batch=4)
@@ -275,76 +199,17 @@ def memory() -> list[Row]:
 
     rows = []
     for depth in progress(DEPTHS, "memory"):
-        row: Row = {"steps": depth}
-        for name, (solver, adjoint) in pairs.items():
-            method = Method(name, solver, adjoint=adjoint, max_steps=depth)
-            row[name] = megabytes(gradient_program(problem, method), *arguments)
-        row[UNROLLED] = megabytes(unrolled(depth), *arguments)
-        rows.append(row)
-    return rows
-
-
-def memory_promises(rows: list[Row]) -> list[Row]:
-    """That memory does not grow with the steps, and that it does when unrolled."""
-    lines = []
-    first, last = rows[0], rows[-1]
-    for name in first:
-        if name not in ("steps", "Anderson, checkpointed", UNROLLED):
-            sizes = [row[name] for row in rows]
-            what = f"memory, {last['steps']} / {first['steps']} steps: {name}"
-            lines.append(promise(what, max(sizes) / min(sizes), 1.1))
-
-    def growth(row, other):
-        return (other[UNROLLED] - row[UNROLLED]) / (other["steps"] - row["steps"])
-
-    late, early = growth(*rows[-2:]), growth(*rows[:2])
-    what = f"memory a step, late / early (1 is linear growth): {UNROLLED}"
-    lines.append(promise(what, late / early, 1.1, least=0.9))
-    return lines
-
-
-def draw_errors(rows: list[Row]) -> Figure:
-    """Error against backward time, a panel a problem."""
-    names = list(dict.fromkeys(row["problem"] for row in rows))
-    columns = -(-len(names) // 2)
-    figure, axes = plt.subplots(
-        2,
-        columns,
-        figsize=(5 * columns, 9),
-        layout="constrained",
-        sharey=True,
-        squeeze=False,
-    )
-    for axis, name in zip(axes.flat, names, strict=True):
-        for i, row in enumerate(r for r in rows if r["problem"] == name):
-            axis.loglog(
-                row["backward (ms)"],
-                row["gradient error"],
-                marker="ov^<>spDX*Pd"[i % 12],
-                linestyle="none",
-                label=row["adjoint"],
+        programs = {
+            name: gradient_program(
+                problem, Method(name, solver, adjoint=adjoint, max_steps=depth)
             )
-        axis.set(title=name, xlabel="backward (ms)")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("relative error of the gradient")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
-    return figure
-
-
-def draw_memory(rows: list[Row]) -> Figure:
-    """Memory against steps, a line an adjoint."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in (key for key in rows[0] if key != "steps"):
-        axis.loglog(
-            [row["steps"] for row in rows],
-            [row[name] for row in rows],
-            marker="o",
-            label=name,
-        )
-    axis.set(xlabel="solver steps", ylabel="temporary memory (MB)")
-    axis.legend()
-    return figure
+            for name, (solver, adjoint) in pairs.items()
+        }
+        programs[UNROLLED] = unrolled(depth)
+        for name, program in programs.items():
+            taken = megabytes(program, *arguments)
+            rows.append({"adjoint": name, "steps": depth, MEMORY: taken})
+    return rows
 
 
 def main() -> None:
@@ -355,20 +220,9 @@ def main() -> None:
             new_rows = compare(config, make(radius))
             print_table(new_rows[0]["problem"], new_rows)
             rows += new_rows
-    shine_rows = shine(rows)
-    print_table("Errors of the gradient at equal numbers of products", shine_rows)
     memory_rows = memory()
     print_table("Temporary memory (MB)", memory_rows)
-    lines = [*promises(rows), *memory_promises(memory_rows)]
-    print_table("What the adjoints promise", lines)
-    save(
-        config,
-        "gradients",
-        {"rows": rows, "shine": shine_rows, "memory": memory_rows, "promises": lines},
-        draw_errors(rows),
-        draw_memory(memory_rows),
-        promise_figure(lines),
-    )
+    save(config, "gradients", {"rows": rows, "memory": memory_rows})
 
 
 if __name__ == "__main__":

@@ -21,17 +21,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import optimistix as optx
 import tyro
 from jaxtyping import Array, Float, PRNGKeyArray
-from matplotlib.figure import Figure
 
 import implicitnets as inn
 
-from .kit.measure import print_table, promise, Row, save, Settings
+from .kit.results import save, Settings
+from .kit.tables import print_table, Row
 
 
 # Many more evaluations than any of the solves needs.
@@ -167,27 +166,20 @@ def evaluate(config: Config, cell: Cell) -> dict[str, dict[str, Array]]:
     return {**out, "equilibrium": judge(equilibrium)}
 
 
-def draw(config: Config, runs: dict[str, dict[str, np.ndarray]]) -> Figure:
-    """Residual and loss against evaluations: means over the seeds, and every seed."""
-    figure, axes = plt.subplots(
-        2, 2, figsize=(10, 7), layout="constrained", sharex=True, sharey="row"
-    )
-    numbers = np.arange(1, 2 * config.max_steps + 1)
-    for column, solver in enumerate(SOLVERS):
-        axes[0, column].set_title(solver)
-        axes[1, column].set_xlabel("evaluations")
-        for row, name in enumerate(("residual", "loss")):
-            axis = axes[row, column]
-            axis.axvline(config.max_steps, color="grey", linewidth=0.5)
-            for i, weight in enumerate(config.weights):
-                curves = runs[solver][name][i]
-                mean = curves.mean(axis=0)
-                axis.semilogy(numbers, mean, f"C{i}.-", label=f"weight {weight:g}")
-                axis.semilogy(numbers, curves.T, f"C{i}", alpha=0.15, linewidth=0.5)
-    for row, name in enumerate(("residual", "loss")):
-        axes[row, 0].set_ylabel(f"test {name}")
-    axes[0, 0].legend()
-    return figure
+def curves(config: Config, runs: dict[str, dict[str, np.ndarray]]) -> list[Row]:
+    """Residual and loss after every evaluation: means over the seeds."""
+    return [
+        {
+            "stopped solver": solver,
+            "weight": weight,
+            "evaluations": number + 1,
+            "residual": float(runs[solver]["residual"][i, :, number].mean()),
+            "loss": float(runs[solver]["loss"][i, :, number].mean()),
+        }
+        for solver in SOLVERS
+        for i, weight in enumerate(config.weights)
+        for number in range(2 * config.max_steps)
+    ]
 
 
 def compare(config: Config, runs: dict[str, dict[str, np.ndarray]]) -> list[Row]:
@@ -217,25 +209,6 @@ def compare(config: Config, runs: dict[str, dict[str, np.ndarray]]) -> list[Row]
     return rows
 
 
-def promises(rows: list[Row]) -> list[Row]:
-    """What the penalty promises, from the table."""
-    lines = []
-    for solver in SOLVERS:
-        without, *others = (row for row in rows if row["stopped solver"] == solver)
-        for row in others:
-            name = f"{solver}, weight {row['weight']:g}"
-            ratio = row["residual when stopped"] / without["residual when stopped"]
-            lines.append(promise(f"{name}: residual, with / without", ratio, 1.0))
-            lost = row["lost by stopping"]
-            lines.append(
-                promise(f"{name}: share of loss added by stopping", lost, 0.05)
-            )
-        kept = 1 / (1 + without["lost by stopping"])
-        what = f"{solver}, without: loss, at equilibrium / when stopped"
-        lines.append(promise(what, kept, 0.9))
-    return lines
-
-
 def main() -> None:
     config = tyro.cli(Config)
 
@@ -248,10 +221,8 @@ def main() -> None:
     runs = jax.tree.map(np.asarray, every_seed(jnp.array(config.weights)))
     rows = compare(config, runs)
     print_table(f"Stopped after {config.max_steps} evaluations", rows)
-    lines = promises(rows)
-    print_table("What the penalty promises", lines)
-    tables = {"rows": rows, "promises": lines}
-    save(config, "jacobian_penalty", tables, draw(config, runs))
+    tables = {"rows": rows, "curves": curves(config, runs)}
+    save(config, "jacobian_penalty", tables)
 
 
 if __name__ == "__main__":

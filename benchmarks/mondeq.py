@@ -23,15 +23,9 @@ from jaxtyping import PRNGKeyArray
 
 import implicitnets as inn
 
-from .kit.measure import (
-    print_table,
-    progress,
-    promise,
-    promise_figure,
-    Row,
-    save,
-    Settings,
-)
+from .kit.results import save, Settings
+from .kit.tables import print_table, Row
+from .kit.timing import progress
 from .tutorial import mnist
 
 
@@ -179,15 +173,7 @@ def main() -> None:
     }
     rows = [run(config, name, solver) for name, solver in solvers.items()]
     print_table("One epoch", rows)
-    lines = [
-        promise(what, sum(row[what] for row in rows), 0)
-        for what in ("failed solves", "diverged solves", "failed backward solves")
-    ]
-    for what in ("solver steps, mean", "solver steps, most"):
-        lines.append(promise(f"Peaceman-Rachford: {what}", rows[0][what], 9))
-    print_table("What monotone cells promise", lines)
-    name = f"mondeq_{config.cell}"
-    save(config, name, {"rows": rows, "promises": lines}, promise_figure(lines))
+    save(config, "mondeq", {"rows": rows})
 
 
 if __name__ == "__main__":

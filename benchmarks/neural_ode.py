@@ -18,15 +18,9 @@ from jaxtyping import Array
 
 import implicitnets as inn
 
-from .kit.measure import (
-    bar_figure,
-    compile_and_run,
-    print_table,
-    progress,
-    Row,
-    save,
-    time_calls,
-)
+from .kit.results import save
+from .kit.tables import print_table, Row
+from .kit.timing import compile_and_run, progress, time_calls
 from .training.classifier import (
     Dataset,
     evaluate,
@@ -152,14 +146,7 @@ def main() -> None:
     dataset = config.datasets[-1]
     rows = compare(config, dataset)
     print_table(dataset, rows)
-    figure = bar_figure(
-        rows,
-        panel="data",
-        label="model",
-        values=["forward (ms)", "backward (ms)"],
-        unit="ms",
-    )
-    save(config, "neural_ode", {"rows": rows}, figure)
+    save(config, "neural_ode", {"rows": rows})
 
 
 if __name__ == "__main__":

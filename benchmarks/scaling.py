@@ -8,25 +8,18 @@ sharding costs rather than what it gains.
 import dataclasses
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from matplotlib.figure import Figure
 
 import implicitnets as inn
 
-from .kit.measure import (
-    compile_and_run,
-    print_table,
-    progress,
-    Row,
-    save,
-    time_calls,
-    TimingSettings,
-)
 from .kit.methods import gradient_program, Method, prepare, time_rows, verdict
-from .kit.problems import dense_tanh, Problem, reference, residuals
+from .kit.problems import dense_tanh, Problem
+from .kit.reference import reference, residuals
+from .kit.results import save, TimingSettings
+from .kit.tables import print_table, Row
+from .kit.timing import compile_and_run, progress, time_calls
 
 
 RADIUS = 0.9
@@ -127,26 +120,6 @@ def devices(config: Config) -> list[Row]:
     return rows
 
 
-def draw(rows: list[Row]) -> Figure:
-    """Times against what was varied, a panel for each."""
-    varied = list(dict.fromkeys(row["varied"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(varied), figsize=(4 * len(varied), 4), layout="constrained"
-    )
-    for axis, what in zip(np.atleast_1d(axes), varied, strict=True):
-        chosen = [row for row in rows if row["varied"] == what]
-        for name in dict.fromkeys(row["method"] for row in chosen):
-            timed = [
-                (row["size"], row["solve + gradient (ms)"])
-                for row in chosen
-                if row["method"] == name and "solve + gradient (ms)" in row
-            ]
-            axis.loglog(*np.reshape(timed, (-1, 2)).T, marker="o", label=name)
-        axis.set(xlabel=what, ylabel="solve + gradient (ms)")
-        axis.legend()
-    return figure
-
-
 def main() -> None:
     config = tyro.cli(Config)
     # Before anything is computed.
@@ -156,7 +129,7 @@ def main() -> None:
         new_rows = sweep(config)
         print_table(new_rows[0]["varied"], new_rows)
         rows += new_rows
-    save(config, "scaling", {"rows": rows}, draw(rows))
+    save(config, "scaling", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -17,15 +17,9 @@ import tyro
 
 import implicitnets as inn
 
-from .kit.measure import (
-    bar_figure,
-    compile_and_run,
-    print_table,
-    progress,
-    Row,
-    save,
-    time_calls,
-)
+from .kit.results import save
+from .kit.tables import print_table, Row
+from .kit.timing import compile_and_run, progress, time_calls
 from .training.classifier import (
     Dataset,
     evaluate,
@@ -128,14 +122,7 @@ def main() -> None:
             new_rows = compare(config, dataset, name, solver)
             print_table(f"{dataset}, {name}", new_rows)
             rows += new_rows
-    figure = bar_figure(
-        [{**row, "panel": f"{row['data']}, {row['solver']}"} for row in rows],
-        panel="panel",
-        label="model",
-        values=["evaluations"],
-        unit="cell evaluations",
-    )
-    save(config, "skip", {"rows": rows}, figure)
+    save(config, "skip", {"rows": rows})
 
 
 if __name__ == "__main__":

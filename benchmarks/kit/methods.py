@@ -15,8 +15,10 @@ import optimistix as optx
 
 import implicitnets as inn
 
-from .measure import compile_and_run, Compiled, NOT_RUN, Row, time_calls
-from .problems import layer_cell, Problem, Reference, residuals
+from .problems import layer_cell, Problem
+from .reference import Reference, residuals
+from .tables import NOT_RUN, Row
+from .timing import compile_and_run, Compiled, time_calls
 
 
 # By how much rounding to float32 may lift a residual over its tolerance.

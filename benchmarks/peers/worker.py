@@ -1,6 +1,6 @@
 """The methods of one library on one problem, in an interpreter that has that library.
 
-`peers.py` starts one such process a library, sends it requests as lines of JSON, and
+`client.py` starts one such process a library, sends it requests as lines of JSON, and
 gets a line of JSON back for each. Every library solves the batch as its documentation
 does: torchdeq the whole of it, the JAX libraries one example under `vmap`.
 
@@ -109,11 +109,12 @@ def implicitnets(problem: Problem) -> Methods:
     """This library."""
     import jax.numpy as jnp
     import lineax as lx
-    import methods
     import optimistix as optx
-    from problems import layer_cell
 
     import implicitnets as inn
+
+    from ..kit import methods
+    from ..kit.problems import layer_cell
 
     rtol = problem.rtol
 

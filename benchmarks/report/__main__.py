@@ -1,9 +1,9 @@
-"""Every benchmark, and the pages of the documentation that show what they found.
+"""Runs the benchmarks, and writes the pages of the documentation on what they found.
 
 Each section is a script in a process of its own; one that fails or takes too long says
 so on the page, and the others go on. What was found is in one JSON file, from which the
 page is written: with `--sections` some are run again and the others' last results stay,
-and with `--sections` and no name after it, the page is only written anew.
+and with `--sections` and no name after it, the page is only written again.
 """
 
 import contextlib
@@ -16,66 +16,55 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-import matplotlib.pyplot as plt
 import tyro
 
-from ..kit.measure import markdown_table, Settings
-from .sections import Exhibit, Section, SECTIONS
+from ..kit.results import Settings
+from .exhibits import Section
+from .headline import headline
+from .page import Page, Record, render
+from .sections import SECTIONS
 from .training_sections import TRAINING_SECTIONS
 
 
-HERE = pathlib.Path(__file__).parent
-# The theme of the site, and Matplotlib's style for it.
-STYLES = {"light": "default", "dark": "dark_background"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """A page of the documentation."""
-
-    introduction: str
-    sections: tuple[Section, ...]
-
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 REPORT = """\
 # Report
 
-What this library's benchmarks found. Everything below, sentences and figures too, was
-computed by one command on the machine named at the end:
+What this library's benchmarks found, on the machine named at the end. One command
+measures all of it and writes this page:
 
 ```bash
-python benchmarks/report.py
+python -m benchmarks.report --data-dir FOLDER \\
+    --python torchdeq=PYTHON jaxopt=PYTHON banax=PYTHON
 ```
 
-Times are medians of repeats in turns. Where weights are given, a residual and a
-gradient are checked against a float64 reference before a time is shown; where they are
-trained, the accuracy stands beside it. The tables are also in
-[one JSON file](report/report.json).
+`FOLDER` has the files of Fashion-MNIST, and every `PYTHON` is an interpreter that has
+the library. Times are medians of repeats, in which the methods alternate. Where weights
+are given, a residual and a gradient are checked against a float64 reference before a
+time is shown; where weights are trained, the accuracy stands beside it. The tables are
+also in [one JSON file](report/report.json).
 """
 TRAINING = """\
 # Training
 
 What the reference models reach on real data, on as many CPU cores as the table at the
-end says. One command computes everything below, sentences and figures too. It takes
-some hours, and may be stopped in the first two sections, which go on where they were:
+end says. One command measures all of it and writes this page. It takes some hours. The
+first two sections may be interrupted: they continue from where they were.
 
 ```bash
-python benchmarks/report.py --page training --data-dir FOLDER --text FILE
+python -m benchmarks.report --page training --data-dir FOLDER --text FILE
 ```
 
 The tables are also in [one JSON file](training/training.json). The
 [report](report.md) has what takes minutes.
 """
 PAGES = {
-    "report": Page(REPORT, SECTIONS),
+    "report": Page(REPORT, SECTIONS, headline),
     "training": Page(TRAINING, TRAINING_SECTIONS),
 }
-
-# A section's result: its status, seconds, command, machine, versions and tables.
-Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +84,13 @@ class Config:
     """The text that the language model learns."""
     python: tuple[str, ...] = ()
     """The interpreters of other libraries, as `banax=/path/to/python`."""
-    output_dir: pathlib.Path = HERE.parent / "docs"
+    output_dir: pathlib.Path = DOCS
     """The folder that the page is written to."""
     results_dir: pathlib.Path = Settings.output_dir
     """The folder that the scripts write to."""
 
     def __post_init__(self):
-        names = [section.script for section in PAGES[self.page].sections]
+        names = [section.name for section in PAGES[self.page].sections]
         for name in self.sections or ():
             if name not in names:
                 raise ValueError(
@@ -114,7 +103,7 @@ class Config:
         sections = PAGES[self.page].sections
         if self.sections is None:
             return [*sections]
-        return [section for section in sections if section.script in self.sections]
+        return [section for section in sections if section.name in self.sections]
 
 
 def run(section: Section, config: Config, spare_minutes: float = 0.0) -> Record:
@@ -132,16 +121,19 @@ def run(section: Section, config: Config, spare_minutes: float = 0.0) -> Record:
     """
     folder = config.results_dir
     folder.mkdir(parents=True, exist_ok=True)
-    found = folder / f"{section.script}.json"
+    found = folder / f"{section.name}.json"
     passed, shown = passed_on(section, config)
     options = [*(section.quick if config.quick else section.options)]
-    arguments = [str(HERE / f"{section.script}.py"), *options, *passed]
-    log = folder / f"{section.script}.log"
+    module = f"benchmarks.{section.script}"
+    log = folder / f"{section.name}.log"
     minutes = section.minutes + spare_minutes
     start = time.perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *arguments, "--output-dir", str(folder)],
+            [
+                *(sys.executable, "-m", module, *options, *passed),
+                *("--output-dir", str(folder)),
+            ],
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -160,9 +152,7 @@ def run(section: Section, config: Config, spare_minutes: float = 0.0) -> Record:
         "status": status,
         "seconds": time.perf_counter() - start,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(
-            ["python", f"benchmarks/{section.script}.py", *options, *shown]
-        ),
+        "command": " ".join(["python", "-m", module, *options, *shown]),
         "quick": config.quick,
     }
     return {**record, **json.loads(found.read_text())} if status == "ok" else record
@@ -189,83 +179,6 @@ def last_line(log: pathlib.Path) -> str:
     return written[-1].strip()[:200] if written else "it wrote nothing"
 
 
-def render(page: Page, records: Mapping[str, Record], folder: pathlib.Path) -> str:
-    """A page, whose figures are drawn on the way.
-
-    **Arguments:**
-
-    - `page`: which.
-    - `records`: the sections' results, by the names of their scripts.
-    - `folder`: where the figures go, next to the page.
-
-    **Returns:**
-
-    Markdown.
-    """
-    parts = [page.introduction]
-    made_of = []
-    for section in page.sections:
-        if section.script in records:
-            record = records[section.script]
-            parts.append(render_section(section, record, folder))
-            made_of.append(provenance(section, record))
-    if made_of:
-        parts.append("## Machine and versions\n\n" + markdown_table(made_of) + "\n")
-    return "\n".join(parts)
-
-
-def render_section(section: Section, record: Record, folder: pathlib.Path) -> str:
-    """One section in Markdown, whether it has results or not."""
-    parts = [f"## {section.title}", section.question]
-    if record["quick"]:
-        parts.append("*At a tiny size, to test the report: these are no measurements.*")
-    if record["status"] != "ok":
-        parts.append(f"**This section {record['status']}.**")
-    else:
-        try:
-            shown = [
-                show(exhibit, record["tables"], folder) for exhibit in section.exhibits
-            ]
-        # Whatever is wrong with one section's tables, the others are shown.
-        except Exception as error:
-            shown = [f"**This section failed: {type(error).__name__}: {error}.**"]
-        parts += shown
-    parts.append(f"```bash\n{record['command']}\n```")
-    return "\n\n".join(parts) + "\n"
-
-
-def show(exhibit: Exhibit, tables: Any, folder: pathlib.Path) -> str:
-    """A figure, its sentences and its table in Markdown."""
-    images = []
-    for theme, style in STYLES.items():
-        name = f"{exhibit.name}.{theme}.png"
-        with plt.style.context(style):
-            figure = exhibit.draw(tables)
-            figure.savefig(folder / name, dpi=110, transparent=True)
-            plt.close(figure)
-        images.append(f"![{exhibit.caption}]({folder.name}/{name}#only-{theme})")
-    return "\n\n".join(
-        [
-            f"**{exhibit.caption}**",
-            exhibit.say(tables),
-            "\n".join(images),
-            markdown_table(exhibit.table(tables)),
-        ]
-    )
-
-
-def provenance(section: Section, record: Record) -> dict[str, Any]:
-    """The line of a section in the table of machines and versions."""
-    machine = record.get("machine", {})
-    return {
-        "section": section.title,
-        "date": record["date"],
-        "seconds": record["seconds"],
-        **{key: machine.get(key) for key in ("cpu", "cores", "python")},
-        **record.get("versions", {}),
-    }
-
-
 def main() -> None:
     config = tyro.cli(Config)
     if config.quick:
@@ -281,11 +194,11 @@ def main() -> None:
     # whole takes no longer than all may together.
     minutes = 0.0
     for number, section in enumerate(chosen, start=1):
-        what = f"[{number}/{len(chosen)}] {section.title} ({section.script}.py)"
+        what = f"[{number}/{len(chosen)}] {section.title} ({section.name})"
         print(f"{what} ...", end=" ", flush=True)
         record = run(section, config, minutes - (time.perf_counter() - start) / 60)
         minutes += section.minutes
-        records[section.script] = record
+        records[section.name] = record
         path.write_text(json.dumps(records, indent=1))
         print(f"{record['status']}, {record['seconds']:.0f} s", flush=True)
     page = config.output_dir / f"{config.page}.md"

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 import implicitnets as inn
 
-from ..kit.measure import TimingSettings
+from ..kit.results import TimingSettings
 from ..tutorial import mnist
 
 

@@ -5,7 +5,8 @@ import time
 
 import jax
 
-from ..kit.measure import progress, Row
+from ..kit.tables import Row
+from ..kit.timing import progress
 from .config import Config
 from .data import Data
 from .metrics import means, Metrics

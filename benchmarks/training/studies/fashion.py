@@ -13,7 +13,8 @@ from typing import Literal
 
 import tyro
 
-from ...kit.measure import print_table, Row, save, Settings
+from ...kit.results import save, Settings
+from ...kit.tables import print_table, Row
 from ..data import DataError, load
 from ..errors import CheckpointError
 from ..networks import num_parameters

@@ -14,7 +14,8 @@ import sys
 
 import tyro
 
-from ...kit.measure import curve_figure, print_table, save, Settings
+from ...kit.results import save, Settings
+from ...kit.tables import print_table
 from ..comparison import curve, train
 from ..config import Config, JacobianOptions, TrainingOptions
 from ..data import DataError, DataOptions, load
@@ -107,8 +108,7 @@ def main() -> None:
         JacobianOptions(),
     )
     print_table("Language models", rows)
-    figure = curve_figure(curves, x="training step", values={BITS: BITS})
-    save(settings, "language_model", {"rows": rows, "curves": curves}, figure)
+    save(settings, "language_model", {"rows": rows, "curves": curves})
 
 
 if __name__ == "__main__":

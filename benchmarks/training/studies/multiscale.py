@@ -15,8 +15,8 @@ import sys
 
 import tyro
 
-from ...kit.measure import curve_figure, print_table, Row, save, Settings
-from ...report.training_sections import multiscale_sentences
+from ...kit.results import save, Settings
+from ...kit.tables import print_table, Row
 from ..comparison import curve, train
 from ..config import Config, JacobianOptions, TrainingOptions
 from ..data import DataError, DataOptions, load
@@ -120,18 +120,12 @@ def main() -> None:
         over_seeds([row for row in rows if row["model"] == name]) for name in MODELS
     ]
     print_table("Fashion-MNIST", summaries)
-    print(multiscale_sentences({"summary": summaries}))
     columns = "loss", "evaluations"
     curves = [
         row for name, seeds in histories.items() for row in curve(name, seeds, *columns)
     ]
-    figure = curve_figure(
-        curves,
-        x="training step",
-        values={column: column for column in columns},
-    )
     tables = {"rows": rows, "summary": summaries, "curves": curves}
-    save(settings, "multiscale", tables, figure)
+    save(settings, "multiscale", tables)
 
 
 if __name__ == "__main__":

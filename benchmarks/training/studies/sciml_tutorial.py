@@ -33,16 +33,9 @@ import jax.random as jr
 import jax.tree_util as jtu
 import tyro
 
-from ...kit.measure import (
-    bar_figure,
-    machine,
-    print_table,
-    progress,
-    Row,
-    save,
-    Settings,
-    versions,
-)
+from ...kit.results import machine, save, Settings, versions
+from ...kit.tables import print_table, Row
+from ...kit.timing import progress
 from ...tutorial import mnist
 from ..data import Data, DataError, DataOptions, load
 from ..equilibrium import EquilibriumOptions, SolverName
@@ -107,11 +100,11 @@ class Table:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows, of which some have the tutorial's figures beside ours."""
+        """The rows, with the figures that the tutorial has of some."""
         return [
             entry["row"]
             | {
-                f"theirs: {name}": value
+                f"DeepEquilibriumNetworks.jl: {name}": value
                 for name, value in REFERENCE.get(_name(entry["row"]), {}).items()
             }
             for entry in self._entries
@@ -130,19 +123,6 @@ class Table:
         self._entries = [*others, {"row": row, "facts": facts}]
         print_table(" ".join(_name(row)), [row])
         save(self._settings, NAME, {"rows": self.rows, "entries": self._entries})
-
-    def close(self) -> None:
-        """Print it, and draw the figure."""
-        print_table("Fashion-MNIST, and theirs on MNIST with a GPU", self.rows)
-        figure = bar_figure(
-            self.rows,
-            panel="model",
-            label="phase",
-            values=["epoch (s)"],
-            unit="seconds",
-        )
-        tables = {"rows": self.rows, "entries": self._entries}
-        save(self._settings, NAME, tables, figure)
 
 
 def _name(row):
@@ -306,7 +286,7 @@ def main() -> None:
                 pretraining,
             )
             table.add({"model": model, "phase": solver} | row, facts)
-    table.close()
+    print_table("Fashion-MNIST", table.rows)
 
 
 if __name__ == "__main__":
