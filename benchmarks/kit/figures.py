@@ -81,11 +81,11 @@ def curves(
     - `x`: the column to draw over.
     - `values`: the columns to draw.
     - `series`: the columns that name a curve.
-    - `panel`: the column that says which panel a row is in, and that names its axis.
+    - `panel`: the column that says which panel a row is in.
     - `log`: which axes are logarithmic.
     """
     if panel is None:
-        panels = [(x, value, rows) for value in values]
+        panels = [("", value, rows) for value in values]
     else:
         panels = [
             (name, value, [row for row in rows if row[panel] == name])
@@ -113,7 +113,7 @@ def curves(
             ]
             style = {"marker": marker} if log == "xy" else {}
             axis.plot(*np.reshape(points, (-1, 2)).T, label=key, **style)
-        axis.set(xlabel=name, ylabel=value)
+        axis.set(title=name, xlabel=x, ylabel=value)
         axis.grid(alpha=0.3)
         if log == "xy":
             axis.set(xscale="log", yscale="log")

@@ -37,7 +37,8 @@ def trained_cell(folder: pathlib.Path, num_images: int = 128) -> Problem:
         state, _ = trainer.train_step(state, step)
     network: Any = state.network
     cell = network.layer.cell
-    images = jnp.asarray(trainer.data.test.inputs[:num_images])
+    test_set: Any = trainer.data.test
+    images = jnp.asarray(test_set.inputs[:num_images])
     problem = problems.make_problem(
         "trained cell",
         "tutorial",

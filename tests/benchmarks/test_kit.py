@@ -51,7 +51,7 @@ def test_row_of_a_solver_that_stops_early_has_no_time():
 
 
 def test_memory_of_a_gradient_does_not_grow_with_the_steps():
-    problem = problems.conv_tanh(0.9, channels=2, size=6, batch=2)
+    problem = problems.dense_tanh(0.9, size=16, batch=2)
     arguments = jax.tree.map(
         jnp.asarray, (problem.weights, problem.inputs, problem.cotangent)
     )
@@ -60,6 +60,7 @@ def test_memory_of_a_gradient_does_not_grow_with_the_steps():
         method = Method("", solver, adjoint=adjoint, max_steps=max_steps)
         program = jax.jit(gradient_program(problem, method))
         memory = program.lower(*arguments).compile().memory_analysis()
+        assert memory is not None
         return memory.temp_size_in_bytes
 
     anderson = inn.AndersonAcceleration(0.0, 0.0)

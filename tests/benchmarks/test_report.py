@@ -67,6 +67,7 @@ def script(tmp_path, monkeypatch):
     """Makes a section of a script's text."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
 
     def make(text, **fields):
         (tmp_path / "benchmarks" / "made.py").write_text(text)
