@@ -12,10 +12,11 @@ import tyro
 
 import implicitnets as inn
 
-from .kit.methods import Method, prepare
+from .kit.methods import Method
 from .kit.problems import jax_cell, resnet
 from .kit.reference import reference
 from .kit.results import save, TimingSettings
+from .kit.rows import prepare
 from .kit.tables import print_table, Row
 from .kit.timing import compile_and_run, time_calls
 

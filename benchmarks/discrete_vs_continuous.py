@@ -16,10 +16,11 @@ import tyro
 
 import implicitnets as inn
 
-from .kit.methods import continuous_methods, discrete_methods, prepare, time_rows
+from .kit.methods import continuous_methods, discrete_methods
 from .kit.problems import jax_cell, Problem
 from .kit.reference import reference
 from .kit.results import save, TimingSettings
+from .kit.rows import prepare, time_rows
 from .kit.tables import print_table, Row
 from .kit.timing import progress
 from .training.problems import PROBLEMS

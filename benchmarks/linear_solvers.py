@@ -14,11 +14,12 @@ import tyro
 
 import implicitnets as inn
 
-from .gradients import prepare, TOLERANCE
-from .kit.methods import LARGEST_GRADIENT_ERROR, Method
+from .kit.backward import prepare_backward, TOLERANCE
+from .kit.methods import Method
 from .kit.problems import dense_tanh, linear, Problem, resnet
 from .kit.reference import reference
 from .kit.results import save, TimingSettings
+from .kit.rows import LARGEST_GRADIENT_ERROR
 from .kit.tables import print_table, Row
 from .kit.timing import progress, time_calls
 
@@ -81,7 +82,7 @@ def compare(config: Config, problem: Problem) -> list[Row]:
     for name, solver in progress(solvers.items(), problem.name):
         forward = inn.NewtonKrylov(TOLERANCE, 0.0)
         method = Method(name, forward, adjoint=inn.ImplicitAdjoint(solver))
-        row, calls[name] = prepare(ref, method)
+        row, calls[name] = prepare_backward(ref, method)
         rows.append({"linear solver": row.pop("adjoint"), **row})
     seconds = time_calls(calls, config.repeats, f"{problem.name}, timing")
     for row in rows:

@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import implicitnets as inn
 
-from .kit.methods import gradient_program, Method, prepare, time_rows, verdict
+from .kit.methods import gradient_program, Method
 from .kit.problems import dense_tanh, Problem
 from .kit.reference import reference, residuals
 from .kit.results import save, TimingSettings
+from .kit.rows import prepare, time_rows, verdict
 from .kit.tables import print_table, Row
 from .kit.timing import compile_and_run, progress, time_calls
 

@@ -13,6 +13,10 @@ import implicitnets as inn
 from .problems import jax_cell, Kind, layer_cell, Problem
 
 
+# By how much rounding to float32 may lift a residual over its tolerance.
+ROUNDING = 2 * float(np.finfo(np.float32).eps)
+
+
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """The equilibria and the gradient of a problem, to float64's accuracy."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..kit.methods import verdict
 from ..kit.reference import Reference, residuals
+from ..kit.rows import verdict
 from ..kit.tables import Row
 from ..kit.timing import SHORTEST_SECONDS
 

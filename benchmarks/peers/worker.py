@@ -113,16 +113,15 @@ def implicitnets(problem: Problem) -> Methods:
 
     import implicitnets as inn
 
-    from ..kit import methods
+    from ..kit.backward import backward_products
+    from ..kit.methods import Method
     from ..kit.problems import layer_cell
 
     rtol = problem.rtol
 
     def method(make_solver: Callable, linear_solver: lx.AbstractLinearSolver):
         def configured(norm):
-            return methods.Method(
-                "", make_solver(norm), linear_solver, max_steps=MAX_STEPS
-            )
+            return Method("", make_solver(norm), linear_solver, max_steps=MAX_STEPS)
 
         def solve_one(weights, x, norm):
             sol = configured(norm).layer(layer_cell(problem.kind, weights)).solve(x)
@@ -131,8 +130,8 @@ def implicitnets(problem: Problem) -> Methods:
                 "products": sol.stats.get("num_matvecs", jnp.array(0)),
             }
 
-        def backward_products(z):
-            found = methods.backward_products(
+        def count_products(z):
+            found = backward_products(
                 problem.weights,
                 problem.inputs,
                 z,
@@ -142,7 +141,7 @@ def implicitnets(problem: Problem) -> Methods:
             )
             return int(found.max())
 
-        return lambda: jax_program(problem, solve_one, backward_products)
+        return lambda: jax_program(problem, solve_one, count_products)
 
     def picard(norm):
         return optx.FixedPointIteration(0.0, rtol * norm, norm=optx.two_norm)

@@ -147,7 +147,7 @@ def headline(records: Records) -> list[Row]:
     anchors = {section.name: section.anchor for section in SECTIONS}
     return [
         {
-            "": what,
+            "what": what,
             "measured": tell(records[name]["tables"]),
             "where": f"[report](report.md#{anchors[name]})",
         }

@@ -17,7 +17,7 @@ RATIO = "time / implicitnets"
 SECTIONS = (
     Section(
         "discrete_vs_continuous",
-        "Discrete and continuous solvers",
+        "Discrete against continuous solvers",
         "What does every solver need, do ODE solvers reach the equilibrium of the same "
         "cell at a fair price, and does a solver ever claim a success that it had not?",
         (

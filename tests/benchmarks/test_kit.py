@@ -9,8 +9,8 @@ import optimistix as optx
 import pytest
 
 import implicitnets as inn
-from benchmarks.kit import methods, problems
-from benchmarks.kit.methods import gradient_program, Method, prepare
+from benchmarks.kit import problems, rows
+from benchmarks.kit.methods import gradient_program, Method
 from benchmarks.kit.reference import reference
 from benchmarks.peers.__main__ import fastest, WORKER
 from benchmarks.peers.client import Client
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.one_precision
 def test_one_false_claim_of_success_is_found():
     problem = problems.linear(0.5, batch=3)
     residual = np.array([1e-9, 1e-3, np.nan])
-    claims = methods.false_claims(problem, residual, np.array([True, True, False]))
+    claims = rows.false_claims(problem, residual, np.array([True, True, False]))
     assert claims.tolist() == [False, True, False]
-    says = methods.verdict(problem, residual, None, np.array([True, False, True]))
+    says = rows.verdict(problem, residual, None, np.array([True, False, True]))
     assert says.startswith("WRONG: 1 successful")
-    assert methods.verdict(problem, residual, None, False).startswith("failed")
+    assert rows.verdict(problem, residual, None, False).startswith("failed")
 
 
 def test_reference_is_the_linear_solution():
@@ -45,7 +45,7 @@ def test_reference_is_the_linear_solution():
 def test_row_of_a_solver_that_stops_early_has_no_time():
     problem = problems.linear(0.9, batch=2)
     solver = optx.FixedPointIteration(0.0, 1.0, norm=optx.two_norm)
-    prepared = prepare(problem, None, Method("loose", solver))
+    prepared = rows.prepare(problem, None, Method("loose", solver))
     assert prepared.row["result"].startswith("WRONG: 2 successful")
     assert prepared.row["false claims"] == 2 and not prepared.passed
 
@@ -85,7 +85,7 @@ def test_fastest_method_of_each_library():
             **({} if ms is None else {"solve + gradient (ms)": ms}),
         }
 
-    rows = [
+    timed = [
         row("implicitnets", "Anderson, GMRES", 4.0),
         row("implicitnets", "Picard", 2.0),
         row("banax", "Anderson", 6.0),
@@ -94,7 +94,7 @@ def test_fastest_method_of_each_library():
     ]
     found = {
         (row["algorithm"], row["library"]): (row["method"], row["time / implicitnets"])
-        for row in fastest(rows)
+        for row in fastest(timed)
     }
     assert found == {
         ("Anderson", "implicitnets"): ("Anderson, GMRES", 1.0),
