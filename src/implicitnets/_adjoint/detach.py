@@ -21,35 +21,15 @@ _Tree = TypeVar("_Tree", bound=PyTree[Array])
 
 
 def detach(tree: PyTree) -> PyTree:
-    """Stop the gradient of everything in a pytree that could have one.
-
-    **Arguments:**
-
-    - `tree`: any pytree.
-
-    **Returns:**
-
-    The same pytree, without derivatives.
-    """
+    """Stop the gradient of everything in a pytree that could have one."""
     return jtu.tree_map(
         lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree
     )
 
 
 def close_aux(found: Any, inputs: PyTree) -> Any:
-    """Make reverse-mode differentiation of a function's auxiliary output an error.
-
-    It would otherwise be zero without a word, since no adjoint knows the derivative.
-
-    **Arguments:**
-
-    - `found`: what Optimistix returns beside the root, or `None`.
-    - `inputs`: those of `optimistix.AbstractAdjoint.apply`.
-
-    **Returns:**
-
-    `found`.
-    """
+    """Make reverse-mode differentiation of a function's auxiliary output an error."""
+    # No adjoint knows this derivative: it would be zero without a word.
     if found is None:
         return None
     found = SolveOutputs(*found)
@@ -58,7 +38,7 @@ def close_aux(found: Any, inputs: PyTree) -> Any:
     def close(x):
         if not eqx.is_inexact_array(x):
             return x
-        # Depends on every input, by the sum of none of its elements.
+        # To depend on every input, at no cost: by the sum of none of its elements.
         zeros = (jnp.sum(jnp.ravel(leaf)[:0]).astype(x.dtype) for leaf in leaves)
         return eqxi.nondifferentiable_backward(sum(zeros, start=x), msg=_AUX_MESSAGE)
 
@@ -67,20 +47,9 @@ def close_aux(found: Any, inputs: PyTree) -> Any:
 
 @jax.custom_jvp
 def substitute(surrogate: _Tree, value: _Tree) -> _Tree:
-    """A value, with the derivatives of something else.
-
-    Unlike adding a difference that is zero, this is exact, also where the surrogate is
-    not finite.
-
-    **Arguments:**
-
-    - `surrogate`: what to differentiate.
-    - `value`: the value, whose own derivatives are dropped.
-
-    **Returns:**
-
-    `value`.
-    """
+    """The value, with the derivatives of the surrogate in place of its own."""
+    # Unlike `value + (surrogate - stop_gradient(surrogate))` this is exact, also where
+    # the surrogate is not finite.
     del surrogate
     return value
 

@@ -1,5 +1,8 @@
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
-from jaxtyping import ScalarLike
+from jaxtyping import Array, PyTree, ScalarLike
 
 from .._linear_solver.neumann import NeumannSeries
 from .implicit import ImplicitAdjoint
@@ -9,22 +12,22 @@ from .report import AbstractReportingAdjoint, AdjointReport
 class NeumannAdjoint(AbstractReportingAdjoint):
     r"""Differentiate through the first terms of the Neumann series.
 
-    The inverse in the derivative of a fixed point is that of $I - J$, which with
+    The derivative of a fixed point has the inverse of $I - J$, which with
     $\lambda = 1 - \text{damping}$ is the sum of
-    $\lambda (\lambda J + (1 - \lambda) I)^i$ over all $i$; this is the sum of the first
-    `num_terms` (Geng et al., *On Training Implicit Models*, 2021, section 3.2). The
-    same gradient as that of [`implicitnets.PhantomAdjoint`][] at a fixed point, in
+    $\lambda (\lambda J + (1 - \lambda) I)^i$ over all $i$. This adjoint takes the first
+    `num_terms` of them (Geng et al., *On Training Implicit Models*, 2021, section 3.2).
+    At a fixed point it gives the gradient of [`implicitnets.PhantomAdjoint`][], in
     forward and reverse mode, from one linearisation. One term without damping is
     [`implicitnets.JacobianFreeAdjoint`][]. In a root-finding problem $F(z) = 0$ the
     fixed-point map is $F(z) + z$.
 
-    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
-    it in reverse mode is an error that says so.
+    The auxiliary output of the function, `sol.aux`, has no gradient: differentiating it
+    in reverse mode is an error.
 
-    **Bias:** the terms left out: a relative error of at most
-    $\lVert \lambda J + (1 - \lambda) I \rVert^n$ for $n$ terms, where that norm is
-    below one. Above one (which a spectral radius below one allows) it may be larger
-    than with fewer terms.
+    **Bias:** the terms left out. Their relative size is at most
+    $\lVert \lambda J + (1 - \lambda) I \rVert^n$ for $n$ terms if that norm is below
+    one. If it is above one, which a spectral radius below one allows, more terms may
+    make the error larger.
 
     **Memory:** one evaluation of the function and two states, whatever the number of
     terms.
@@ -34,8 +37,8 @@ class NeumannAdjoint(AbstractReportingAdjoint):
     **Arguments:**
 
     - `num_terms`: how many terms of the series.
-    - `damping`: the weight of the identity, 0 for none: for maps with eigenvalues that
-        are large and negative. The paper's `lambda` is `1 - damping`.
+    - `damping`: the weight of the identity; 0 for none. For maps with large negative
+        eigenvalues. The paper's `lambda` is `1 - damping`.
     - `probe`: keyword only; see [`implicitnets.AdjointReport`][].
     """
 
@@ -49,6 +52,12 @@ class NeumannAdjoint(AbstractReportingAdjoint):
     def _series(self) -> NeumannSeries:
         return NeumannSeries(self.num_terms, self.damping)
 
-    def apply(self, primal_fn, rewrite_fn, inputs, tags):
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> tuple[PyTree[Array], Any]:
         adjoint = ImplicitAdjoint(self._series(), probe=self.probe)
         return adjoint.apply(primal_fn, rewrite_fn, inputs, tags)

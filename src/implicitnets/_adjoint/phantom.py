@@ -1,8 +1,11 @@
+from collections.abc import Callable
+from typing import Any
+
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import ScalarLike
+from jaxtyping import Array, PyTree, ScalarLike
 
 from .._internal.checks import check_integer, check_number
 from .._internal.optimistix import run_solve
@@ -13,35 +16,36 @@ from .detach import close_aux, detach, substitute
 class PhantomAdjoint(optx.AbstractAdjoint):
     r"""Differentiate a few damped steps from the root, and nothing before them.
 
-    The root is a constant $z_0$, from which ordinary differentiation goes through
+    The root is the constant $z_0$ of
 
     $$z_{i+1} = \text{damping} \cdot z_i + (1 - \text{damping}) \, f(z_i, \theta)$$
 
-    for a fixed count of steps, whatever the tolerance of the forward solve (Geng et
-    al., *On Training Implicit Models*, 2021, section 3.2, the "unrolling-based phantom
-    gradient", who train image classifiers with 5 steps at a damping of 0.5). The steps
-    are for the derivative only: the value is the root itself. In a root-finding problem
-    $F(z) = 0$ the map is $f(z) = F(z) + z$.
+    and ordinary differentiation goes through `num_steps` of these steps, whatever the
+    tolerance of the forward solve: the "unrolling-based phantom gradient" of Geng et
+    al., *On Training Implicit Models*, 2021, section 3.2, who train image classifiers
+    with 5 steps at a damping of 0.5. The steps are for the derivative only: the value
+    is the root itself. In a root-finding problem $F(z) = 0$ the map is
+    $f(z) = F(z) + z$.
 
-    Works in forward mode, in reverse mode and to any order: higher derivatives are
+    Works in forward mode, in reverse mode and to any order; higher derivatives are
     those of the same steps.
 
-    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
-    it in reverse mode is an error that says so.
+    The auxiliary output of the function, `sol.aux`, has no gradient: differentiating it
+    in reverse mode is an error.
 
     **Bias:** that of [`implicitnets.NeumannAdjoint`][] with as many terms. Nearly
-    always a descent direction, also where the forward solve stopped early.
+    always a descent direction, also if the forward solve stopped early.
 
     **Memory:** what ordinary differentiation keeps of `num_steps` evaluations.
 
-    **Cost:** `num_steps` evaluations, and one Jacobian product less, besides those with
-    the Jacobians of the parameters.
+    **Cost:** `num_steps` evaluations and `num_steps - 1` Jacobian products, besides
+    those with the Jacobian of the parameters.
 
     **Arguments:**
 
     - `num_steps`: how many steps.
-    - `damping`: the weight of the state against its value, 0 for none. The paper's
-        `lambda` is `1 - damping`.
+    - `damping`: the weight of the old state in a step; 0 for none. The paper's `lambda`
+        is `1 - damping`.
     """
 
     num_steps: int = 5
@@ -51,7 +55,13 @@ class PhantomAdjoint(optx.AbstractAdjoint):
         check_integer(self, "num_steps", 1)
         check_number(self, "damping", lambda x: 0 <= x < 1, "in the interval [0, 1)")
 
-    def apply(self, primal_fn, rewrite_fn, inputs, tags):
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> tuple[PyTree[Array], Any]:
         del tags
         root, aux = run_solve(primal_fn, detach(inputs))
         weight = 1 - jnp.asarray(self.damping, working_dtype(root))
@@ -74,10 +84,10 @@ class JacobianFreeAdjoint(optx.AbstractAdjoint):
     Fung et al., *JFB: Jacobian-Free Backpropagation for Implicit Networks*, 2022. The
     same as [`implicitnets.PhantomAdjoint`][] with one undamped step.
 
-    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
-    it in reverse mode is an error that says so.
+    The auxiliary output of the function, `sol.aux`, has no gradient: differentiating it
+    in reverse mode is an error.
 
-    **Bias:** every term of the Neumann series but the first; a relative error of up to
+    **Bias:** every term of the Neumann series but the first, a relative error of up to
     the norm of the Jacobian. A descent direction if the map contracts and is well
     conditioned in its parameters (Fung et al., Theorem 3.1).
 
@@ -86,5 +96,11 @@ class JacobianFreeAdjoint(optx.AbstractAdjoint):
     **Cost:** one evaluation, and no Jacobian product.
     """
 
-    def apply(self, primal_fn, rewrite_fn, inputs, tags):
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> tuple[PyTree[Array], Any]:
         return PhantomAdjoint(num_steps=1).apply(primal_fn, rewrite_fn, inputs, tags)

@@ -23,7 +23,7 @@ _NAMES = (
 
 
 class ADJOINT_RESULTS(lx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
-    """How a backward pass ended: `lineax.RESULTS`, and one of our own."""
+    """How a backward pass ended: an item of `lineax.RESULTS`, or `not_reversible`."""
 
     not_reversible = (
         "The states that a reversible solve went through could not be reconstructed "
@@ -46,24 +46,24 @@ class AdjointReport(eqx.Module):
     grads, report = jax.grad(loss, argnums=(0, 1))(params, inn.AdjointReport.probe())
     ```
 
-    That needs no callback and works under `jit` and `vmap`. With a probe for every
-    example of a batch, that is one of shape `(batch,)` mapped over, there is a report
-    for every example; a probe that all examples share gets the sum of their reports,
-    which tells whether all were successful. In the same way a probe used in two solves
-    gets the sum. A report costs one product, for the residual; without a probe nothing
-    is computed.
+    That needs no callback and works under `jit` and `vmap`. Map over a probe of shape
+    `(batch,)` to get a report for every example. A probe that all examples share gets
+    the sum of their reports, which tells whether all were successful; so does a probe
+    that two solves share. A report costs one product, for the residual. Without a probe
+    there is no cost.
 
-    In a derivative of a gradient, the report's derivative is the report on the further
+    In second derivatives, the derivative of the report is the report on the second
     linear solve.
 
     **Attributes:**
 
-    - `num_steps`: the steps of the linear solver, as it counts them (for ours, the
-        Jacobian products); zero for a solver that counts none, as a direct one.
+    - `num_steps`: the steps of the linear solver, as it counts them (Jacobian products
+        for the linear solvers of this library); zero for a solver that counts none,
+        such as a direct one.
     - `residual`: the two-norm of the linear system's residual relative to that of the
-        right-hand side, for the solution that was used, be it the fallback's.
+        right-hand side, for the solution that was used, which may be the fallback's.
     - `result`: the number of the linear solver's result, 0 for success; see `status`.
-        Anything else means that the adjoint's fallback was used, if it has one.
+        Any other number means that the adjoint's fallback, if it has one, was used.
     """
 
     num_steps: Float[Array, "*batch"]
@@ -93,7 +93,8 @@ class AdjointReport(eqx.Module):
     def status(self) -> Any:
         """The result as an enumeration item, whose `repr` is a message.
 
-        Of `lineax.RESULTS`, with one item more, `not_reversible`. Not for sums.
+        An item of `lineax.RESULTS`, or `not_reversible`. Meaningless for a sum of
+        reports.
         """
 
         def as_item(result):
@@ -109,16 +110,7 @@ class AdjointReport(eqx.Module):
 
 
 def result_number(result: lx.RESULTS | ADJOINT_RESULTS) -> Scalar:
-    """What `AdjointReport.result` has for a result.
-
-    **Arguments:**
-
-    - `result`: an item of `lineax.RESULTS` or `ADJOINT_RESULTS`.
-
-    **Returns:**
-
-    Its number, as a floating-point scalar.
-    """
+    """What `AdjointReport.result` has for a result."""
     if isinstance(result, lx.RESULTS):
         result = ADJOINT_RESULTS.promote(result)
     return jnp.stack(
@@ -141,21 +133,7 @@ class AbstractReportingAdjoint(optx.AbstractAdjoint):
 
 
 def with_probe(adjoint: _Adjoint, probe: AdjointReport) -> _Adjoint:
-    """The adjoint, reporting to a probe.
-
-    **Arguments:**
-
-    - `adjoint`: any adjoint.
-    - `probe`: what to report to.
-
-    **Returns:**
-
-    The same adjoint with that probe.
-
-    **Raises:**
-
-    `TypeError` for an adjoint that has nothing to report.
-    """
+    """The adjoint, reporting to a probe; a `TypeError` if it has nothing to report."""
     if not isinstance(adjoint, AbstractReportingAdjoint):
         raise TypeError(
             "`probe` is for adjoints that report on their backward pass, such as "

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
@@ -5,7 +8,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Int, PyTree, ScalarLike
+from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
 from .._internal.checks import check_number
 from .._internal.loop import while_loop
@@ -31,41 +34,41 @@ from .report import (
 class ReversibleAdjoint(AbstractReportingAdjoint):
     """Differentiate a reversible iteration by running it backwards.
 
-    The exact gradient of the iteration up to the iterate that is returned, converged or
-    not, as if unrolled, while the states that it went through are not stored but
-    reconstructed from the final ones (*Reversible Deep Equilibrium Models*,
-    arXiv:2509.12917, section 3.2). For the solver
-    [`implicitnets.ReversibleFixedPoint`][]. The gradient with respect to the initial
-    guess is exact, too, and so not zero.
+    For the solver [`implicitnets.ReversibleFixedPoint`][]. Gives the exact gradient of
+    the iteration up to the returned iterate, converged or not, as unrolling does. The
+    states on the way are not stored but reconstructed from the final ones (*Reversible
+    Deep Equilibrium Models*, arXiv:2509.12917, section 3.2). The gradient with respect
+    to the initial guess is exact, too, and so not zero.
 
     Reconstruction multiplies rounding errors by up to `1 / damping**2` in every step.
-    So its end is compared with the initial guess, which is known: if they are further
+    Its end is compared with the initial guess, which is known. If they are further
     apart than `bound`, relative to the larger of the initial guess and the solution,
-    the gradient is made by the `fallback` instead, for that example of a batch. The
-    states that matter most are reconstructed first, so that the gradient is better than
-    this error: 100 times and more on `tanh` maps that contract.
+    the `fallback` makes the gradient of that example. The states that matter most are
+    reconstructed first, so the gradient is far more accurate than the reconstructed
+    initial guess where the map contracts.
 
     Reverse mode only, and only once: to differentiate again, or forwards, use
     [`implicitnets.ImplicitAdjoint`][].
 
-    The auxiliary output of the function, `sol.aux`, has no gradient: to differentiate
-    it in reverse mode is an error that says so.
+    The auxiliary output of the function, `sol.aux`, has no gradient: differentiating it
+    in reverse mode is an error.
 
-    **Bias:** none with respect to the iteration, but for rounding; that of the
-    unconverged iteration with respect to the equilibrium.
+    **Bias:** with respect to the iteration none but rounding; with respect to the
+    equilibrium that of an iteration that has not converged.
 
-    **Memory:** that of one evaluation and of a few states, whatever the number of
-    steps. Under `vmap` the gradient of every parameter is accumulated by the example,
-    as in any custom rule for reverse mode; a batch solved as one state has one.
+    **Memory:** one evaluation and a few states, whatever the number of steps. Under
+    `vmap` every example accumulates a gradient of every parameter, as in any custom
+    rule for reverse mode; a batch solved as one state has one such gradient.
 
-    **Cost:** for every step two evaluations and two products, with the Jacobians of
-    both the state and the parameters.
+    **Cost:** two evaluations and two products a step, with the Jacobians of both the
+    state and the parameters.
 
     **Arguments:**
 
-    - `fallback`: any Optimistix adjoint, for what could not be reconstructed. Run only
-        if some example of a batch needs it; `optimistix.RecursiveCheckpointAdjoint()`
-        gives the gradient of the iteration there, too.
+    - `fallback`: any Optimistix adjoint, for what could not be reconstructed. It runs
+        only if some example of a batch needs it;
+        `optimistix.RecursiveCheckpointAdjoint()` gives the gradient of the iteration
+        there, too.
     - `bound`: the largest relative error of the reconstructed initial guess.
     - `probe`: keyword only; see [`implicitnets.AdjointReport`][]. The `residual` is the
         relative error of the reconstructed initial guess, `num_steps` the number of
@@ -73,7 +76,7 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
 
     **Raises:**
 
-    `TypeError` when solving, with another solver than
+    `TypeError` when solving, for any solver but
     [`implicitnets.ReversibleFixedPoint`][].
     """
 
@@ -84,7 +87,13 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
     def __check_init__(self):
         check_number(self, "bound", lambda x: x >= 0, "non-negative")
 
-    def apply(self, primal_fn, rewrite_fn, inputs, tags):
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> tuple[PyTree[Array], Any]:
         solve = solve_inputs(inputs)
         if not isinstance(observed(solve.solver), ReversibleFixedPoint):
             raise TypeError(
@@ -142,7 +151,7 @@ def _iterate_bwd(
             return fallback.apply(_found, rewrite_fn, inputs + (found,), tags)[0]
 
         (others,) = jax.vjp(solution, differentiated)[1](ct_root)
-        # By the example, so that none depends on its neighbours.
+        # Example by example, so that none depends on its neighbours.
         return jtu.tree_map(lambda x, y: jnp.where(failed, x, y), others, grads)
 
     grads = lax.cond(eqxi.unvmap_any(failed), fall_back, lambda: grads)
@@ -159,11 +168,9 @@ def _iterate_bwd(
 
 
 def _found(inputs):
-    """A solve that was made before, for an adjoint that asks for one.
-
-    One that differentiates through the solve gets that; for any other the solve is dead
-    code.
-    """
+    """A solve that was made before, for an adjoint that asks for one."""
+    # An adjoint that differentiates through the solve gets the solve. For any other it
+    # is dead code.
     *inputs, (primal_fn, root, aux), loop = inputs
     surrogate, _ = primal_fn((*inputs, loop))
     return substitute(surrogate, root), aux
@@ -180,16 +187,14 @@ class _Backwards(eqx.Module):
     grads: PyTree[Array]
 
 
-def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
-    """The gradient, and the error of the reconstructed initial guess.
-
-    Half a step takes the states `(u, v)` to `(v, solver.mix(u, f(v)))`, whichever of
-    the two sequences it is that gets a new one.
-    """
+def _run_backwards(
+    state: ReversibleState, ct_root: PyTree[Array], differentiated: tuple, fixed: tuple
+) -> tuple[tuple, Scalar]:
+    """The gradient, and the error of the reconstructed initial guess."""
     solve = solve_inputs(eqx.combine(differentiated, fixed))
     solver, y0 = observed(solve.solver), solve.y0
 
-    # Of half-precision parameters the gradients are accumulated in float32.
+    # Half-precision parameters have their gradients accumulated in float32.
     def widen(tree):
         return jtu.tree_map(lambda x: x.astype(working_dtype(x)), tree)
 
@@ -203,6 +208,14 @@ def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
     best = state.progress.best_y
     ct_y = tree_cast_like(ct_root, best.y)
 
+    # Half a step took the states `(oldest, older)` to `(older, newer)`, where
+    #
+    #     newer = mix(oldest, f(older)),
+    #
+    # whichever of the two sequences got the new state. Undone, the value `f(older)` is
+    # needed twice: to solve this line for `oldest`, and to pull the cotangent of
+    # `newer` back through it. What goes through `f` joins the cotangent that `older`
+    # has from the half step after this one.
     def half_step(carry):
         f, pull_back = jax.vjp(evaluate, carry.older, wide)
         _, mix_transpose = jax.vjp(solver.mix, carry.newer, f)
@@ -224,16 +237,19 @@ def _run_backwards(state: ReversibleState, ct_root, differentiated, fixed):
             num_left=2 * state.num_best_steps,
             older=best.y,
             newer=best.z,
+            # The loss sees `y` alone.
             ct_older=ct_y,
             ct_newer=jtu.tree_map(jnp.zeros_like, ct_y),
             grads=jtu.tree_map(jnp.zeros_like, wide),
         ),
     )
+    # Both sequences start at the initial guess, and so should both now be there.
     start = start_pair(y0)
     difference = jtu.tree_map(jnp.subtract, (end.older, end.newer), (start.y, start.z))
     size = jnp.maximum(optx.two_norm(start), optx.two_norm(best))
     error = optx.two_norm(difference) / jnp.where(size > 0, size, 1)
     ct_start = jtu.tree_map(jnp.add, end.ct_older, end.ct_newer)
+    # `None` where nothing asks for the gradient.
     y0_grad = jtu.tree_map(
         lambda g, ct: None if g is None else g + ct,
         solve_inputs(end.grads).y0,

@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._internal.optimistix import run_solve
 from .._internal.pytree import tree_cast_like, tree_dot, working_dtype
+from .._linear_solver.matrix_free import LinearSolution
 from .detach import close_aux
 from .report import AdjointReport, result_number
 
@@ -27,7 +28,7 @@ class AbstractInversion(eqx.Module):
         vector: PyTree[Array],
         aux: PyTree,
         transposed: bool,
-    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
+    ) -> LinearSolution:
         """Solve one system.
 
         **Arguments:**
@@ -51,20 +52,8 @@ def differentiate_root(
     tags: frozenset[object],
     inversion: AbstractInversion,
     probe: AdjointReport | None,
-) -> PyTree[Array]:
-    """An adjoint's `apply`, by the implicit function theorem.
-
-    **Arguments:**
-
-    - `primal_fn`, `rewrite_fn`, `inputs`, `tags`: as those of
-        `optimistix.AbstractAdjoint.apply`.
-    - `inversion`: how to solve the linear systems.
-    - `probe`: what to report to, if anything.
-
-    **Returns:**
-
-    The root, which differentiates in all modes, and what comes with it, which does not.
-    """
+) -> tuple[PyTree[Array], Any]:
+    """An adjoint's `apply`, by the implicit function theorem, in all modes."""
     root, aux = _root(primal_fn, rewrite_fn, inputs, tags, inversion, probe)
     return root, close_aux(aux, inputs)
 
@@ -107,12 +96,10 @@ def _root_jvp(primals, tangents):
 
 
 def _depend_on(tangents: PyTree, vector: PyTree[Array]) -> PyTree[Array]:
-    """Make every leaf of a right-hand side a linear function of the tangents.
+    """Make every leaf of a right-hand side a linear function of the tangents."""
 
-    The transpose of `custom_linear_solve` asserts that each is, in JAX 0.10, which is
-    not so for a part of the state on which the inputs have no direct influence.
-    """
-
+    # The transpose of `custom_linear_solve` asserts that each leaf is one (JAX 0.10).
+    # A part of the state on which the inputs have no direct influence is not.
     def zero(t, dtype):
         return jnp.where(False, jnp.sum(t), 0).astype(dtype)
 
@@ -134,9 +121,14 @@ def _solve(
     # tangent systems with `throw=True`, a host callback (Lineax 0.1.1, `_solve.py`).
     # Within `custom_linear_solve` it is never differentiated.
     #
-    # The probe is a second block of the system, with the identity for its operator.
-    # What the transposed solve returns for that block is the probe's cotangent, which
-    # nothing asks to be a solution: it is the report.
+    # The probe is a second block of the system, whose operator is the identity:
+    #
+    #     [ J  0 ] [ t_root  ]   [ vector  ]
+    #     [ 0  I ] [ t_probe ] = [ t_probe ]
+    #
+    # Forwards the second row does nothing. In reverse mode what the transposed solve
+    # returns for it becomes the probe's cotangent, and nothing checks that it solves
+    # the row: so it returns the report there.
     def solve_with(transposed):
         operator_tags = lx.transpose_tags(tags) if transposed else tags
 
@@ -166,8 +158,8 @@ def _solve(
 
 
 def _make_report(operator, vector, value, result, stats) -> AdjointReport:
-    # Of a right-hand side of unit norm, so that it is relative. By a product of its
-    # own, since linear solvers tell that of exact arithmetic, or none at all.
+    # Relative, since the right-hand side has unit norm. By a product of its own, since
+    # linear solvers tell the residual of exact arithmetic, or none.
     difference = jtu.tree_map(jnp.subtract, vector, operator.mv(value))
     residual = jnp.sqrt(tree_dot(difference, difference))
     num_steps = jnp.asarray(stats.get("num_steps", 0.0))
@@ -180,11 +172,11 @@ def _make_report(operator, vector, value, result, stats) -> AdjointReport:
 
 def _normalise(vector: PyTree[Array]) -> tuple[PyTree[Array], Scalar]:
     dtype = working_dtype(vector)
-    # The largest element first, so that a tiny vector's squares do not underflow.
+    # By the largest element first: the squares of a tiny vector would underflow.
     largest = jnp.stack(
         [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jtu.tree_leaves(vector)]
     ).max()
-    # Of NaN the scale is NaN, and so is the solution, whoever solves.
+    # NaN passes on purpose: with a scale of NaN the solution is NaN, whoever solves.
     largest = jnp.where(largest == 0, 1, largest)
     vector = _scale_by(vector, 1 / largest)
     length = jnp.sqrt(tree_dot(vector, vector))

@@ -7,33 +7,11 @@ import equinox as eqx
 
 
 def keyword(default: Any) -> Any:
-    """A keyword-only field of a module.
-
-    **Arguments:**
-
-    - `default`: its default.
-
-    **Returns:**
-
-    The field.
-    """
     return eqx.field(default=default, kw_only=True)
 
 
 def check_hyperparameter(owner: Any, name: str, valid: bool, allowed: str) -> None:
-    """Raise a `ValueError` that names a field, its value and what is allowed.
-
-    **Arguments:**
-
-    - `owner`: the module with the field.
-    - `name`: the field's name.
-    - `valid`: whether its value is allowed.
-    - `allowed`: what is, in words.
-
-    **Raises:**
-
-    `ValueError` if not `valid`.
-    """
+    """Raise a `ValueError` that names a field, its value and what is allowed."""
     if not valid:
         value = getattr(owner, name)
         raise ValueError(
@@ -42,18 +20,7 @@ def check_hyperparameter(owner: Any, name: str, valid: bool, allowed: str) -> No
 
 
 def check_integer(owner: Any, name: str, least: int) -> None:
-    """Check a field that is to be an integer.
-
-    **Arguments:**
-
-    - `owner`: the module with the field.
-    - `name`: the field's name.
-    - `least`: the least integer that is allowed.
-
-    **Raises:**
-
-    `ValueError` if it is not an integer or less than that.
-    """
+    """Check a field that is to be an integer."""
     value = getattr(owner, name)
     valid = isinstance(value, int) and value >= least
     check_hyperparameter(owner, name, valid, f"an integer of at least {least}")
@@ -62,55 +29,20 @@ def check_integer(owner: Any, name: str, least: int) -> None:
 def check_number(
     owner: Any, name: str, is_valid: Callable[[float], bool], allowed: str
 ) -> None:
-    """Check a field that is to be a number; one that is traced passes unchecked.
-
-    **Arguments:**
-
-    - `owner`: the module with the field.
-    - `name`: the field's name.
-    - `is_valid`: whether a value is allowed.
-    - `allowed`: what is, in words.
-
-    **Raises:**
-
-    `ValueError` if the value is not allowed.
-    """
+    """Check a field that is to be a number; one that is traced passes unchecked."""
     value = getattr(owner, name)
     if isinstance(value, int | float):
         check_hyperparameter(owner, name, is_valid(value), allowed)
 
 
 def check_argument(name: str, value: Any, valid: bool, allowed: str) -> None:
-    """Raise a `ValueError` that names a function's argument and what is allowed.
-
-    **Arguments:**
-
-    - `name`: the argument's name.
-    - `value`: its value.
-    - `valid`: whether its value is allowed.
-    - `allowed`: what is, in words.
-
-    **Raises:**
-
-    `ValueError` if not `valid`.
-    """
+    """Raise a `ValueError` that names a function's argument and what is allowed."""
     if not valid:
         raise ValueError(f"`{name}` must be {allowed}; got {value!r}.")
 
 
 def check_options(owner: Any, options: dict[str, Any], *allowed: str) -> None:
-    """Raise a `ValueError` for an option that a solver does not know.
-
-    **Arguments:**
-
-    - `owner`: the solver.
-    - `options`: those of the solve.
-    - `allowed`: the names of those that it knows.
-
-    **Raises:**
-
-    `ValueError` that names the first unknown option and those allowed.
-    """
+    """Raise a `ValueError` for an option that a solver does not know."""
     for name in options:
         if name not in allowed:
             known = ", ".join(f"`{option}`" for option in allowed) or "none"
@@ -120,15 +52,6 @@ def check_options(owner: Any, options: dict[str, Any], *allowed: str) -> None:
 
 
 def check_tolerances(owner: Any) -> None:
-    """Check the `rtol` and `atol` of a solver; traced ones pass unchecked.
-
-    **Arguments:**
-
-    - `owner`: a module with fields `rtol` and `atol`.
-
-    **Raises:**
-
-    `ValueError` if one is negative.
-    """
+    """Check the `rtol` and `atol` of a solver; traced ones pass unchecked."""
     for name in ("rtol", "atol"):
         check_number(owner, name, lambda x: x >= 0, "non-negative")

@@ -6,11 +6,11 @@ to a naive loop nest, 20 to 45 times slower (https://github.com/jax-ml/jax/issue
 That is where an implicit layer spends its time: in its solve, and with the transposed
 convolution in its adjoint.
 
-So here is a second convolution primitive: `jax.lax.conv_general_dilated` in everything
-but its lowering for CPU, which transposes operands and output to and from that form. It
-is a primitive because the platform is not known before lowering, and because the
-transpose of a channels-last convolution has another form and is to be brought into this
-one again.
+This file adds a second convolution primitive. It is `jax.lax.conv_general_dilated` in
+everything but its lowering for CPU, which transposes operands and output to and from
+the fast form. It must be a primitive for two reasons: the platform is not known before
+lowering, and the transpose of a channels-last convolution has another form, which has
+to be brought into this one again.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,23 +33,11 @@ _Out = TypeVar("_Out")
 
 
 def fast_convolutions(fn: Callable[..., _Out]) -> Callable[..., _Out]:
-    """The same function, with convolutions that run at full speed in a loop on CPU.
+    """The same function, with convolutions that run at full speed in a loop on CPU."""
 
-    The function is traced, and what it computes is evaluated with each convolution
-    replaced by one that is lowered differently for CPU, also within `jax.jit`,
-    `jax.checkpoint`, `lax.scan` and the like. Nothing else changes, and nothing at all
-    in a function without convolutions. Convolutions in the derivative rules that a
-    `jax.custom_jvp` or `jax.custom_vjp` in it brings along are left as they are.
-
-    **Arguments:**
-
-    - `fn`: a function of any pytrees. It may close over tracers.
-
-    **Returns:**
-
-    A function of the same arguments.
-    """
-
+    # `fn` is traced, and its jaxpr evaluated with other convolutions, also within
+    # `jax.jit`, `jax.checkpoint`, `lax.scan` and the like. The derivative rules of a
+    # `jax.custom_jvp` or `jax.custom_vjp` in it keep theirs.
     def fast_fn(*args, **kwargs):
         dynamic, static = eqx.partition((args, kwargs), eqx.is_array)
 
@@ -65,8 +53,8 @@ def fast_convolutions(fn: Callable[..., _Out]) -> Callable[..., _Out]:
     return fast_fn
 
 
-# Those that do with a jaxpr what JAX does with any. Others may look into it: a Pallas
-# kernel has lowerings of its own.
+# The primitives that treat a jaxpr of theirs as JAX treats any. Others may look into
+# it: a Pallas kernel has lowerings of its own.
 _CALLS = (
     primitives.cond_p,
     primitives.custom_jvp_call_p,
@@ -110,7 +98,7 @@ def _same(new: Iterable, old: Iterable) -> bool:
     return all(x is y for x, y in zip(new, old, strict=True))
 
 
-# The rules are those of `lax`, with the convolutions in their results replaced in turn.
+# The rules of `lax`, with the convolutions in their results replaced as well.
 convolution_p = jec.Primitive("convolution")
 _lax_convolution = primitives.conv_general_dilated_p.bind
 
@@ -143,9 +131,10 @@ def _lower_for_cpu(lhs, rhs, *, dimension_numbers, **params):
     o, i, *rhs_space = dimension_numbers.rhs_spec
     groups = params["feature_group_count"]
     group_size = rhs.shape[i] * rhs.shape[o] // groups
-    # The fast kernel takes one group after the other, so that the naive loop nest wins
-    # if they are small: by 4 to 10 in a depthwise convolution, by 1 to 2 with 4
-    # features in and out; with 8 it loses by 3. Groups of the batch it does not take.
+    # The fast kernel takes one group after the other, so the naive loop nest is faster
+    # if they are small: 4 to 10 times in a depthwise convolution, 1 to 2 times with 4
+    # features in and out, and a third as fast with 8. The fast kernel has no groups of
+    # the batch.
     unsuited = params["batch_group_count"] > 1 or (groups > 1 and group_size < 32)
     # A sharding refers to the axes in their given order.
     if unsuited or params["out_sharding"] is not None:
@@ -165,10 +154,10 @@ def _lower_for_cpu(lhs, rhs, *, dimension_numbers, **params):
 
 def _convolve_on_all_cores(lhs, rhs, *, padding, **params):
     # From jaxlib 0.10 on XLA has YNNPACK convolve images, which in 0.10 runs on one
-    # core. It is not given an output that is higher than the input
-    # (`IsConvolutionOpSupportedByYnn` in `xla/backends/cpu/ynn_support.cc`): where some
-    # more rows make it so they are computed too and cut off, and Eigen's kernel, which
-    # runs on all cores, takes the convolution.
+    # core, but not where the output is higher than the input
+    # (`IsConvolutionOpSupportedByYnn` in `xla/backends/cpu/ynn_support.cc`). If a few
+    # more rows make it higher, they are computed and cut off: Eigen's kernel, which
+    # runs on all cores, then takes the convolution.
     height = lhs.shape[1]
     window = 1 + (rhs.shape[0] - 1) * params["rhs_dilation"][0]
     (low, high), *other_padding = padding

@@ -19,21 +19,8 @@ def arnoldi(
     start: Float[Array, " n"],
     num_steps: int,
 ) -> tuple[Float[Array, "steps n"], Float[Array, "steps steps"]]:
-    """The projection of a linear map on the Krylov space of a vector.
-
-    Arnoldi's method with reorthogonalisation, which for a symmetric map is Lanczos'.
-
-    **Arguments:**
-
-    - `product`: the product with the matrix.
-    - `start`: the vector; of single or double precision.
-    - `num_steps`: how many products; no more than there are dimensions are made.
-
-    **Returns:**
-
-    An orthonormal basis of the space, and the map's matrix in it. Where the space is
-    exhausted early, both have zeros.
-    """
+    """An orthonormal basis of a vector's Krylov space, and the map's matrix in it."""
+    # Both have zeros where the space is exhausted early.
     num_steps = min(num_steps, start.size)
     dtype = start.dtype
     negligible = 100 * jnp.finfo(dtype).eps
@@ -64,22 +51,11 @@ def leading_eigenvector(
     start: Float[Array, " n"],
     num_steps: int,
 ) -> Float[Array, " n"]:
-    """An eigenvector for the largest eigenvalue of a positive semidefinite matrix.
-
-    Lanczos' method with full reorthogonalisation, whose error falls with the square of
-    the number of steps where that of power iteration falls with the number. The small
-    eigenproblem is solved by repeated squaring: arithmetic, which exports.
-
-    **Arguments:**
-
-    - `product`: the product with the matrix.
-    - `start`: any vector with a part in the eigenspace; of single or double precision.
-    - `num_steps`: how many products.
-
-    **Returns:**
-
-    A vector of length one, or zero for a matrix that is zero. Not to be differentiated.
-    """
+    """A unit eigenvector for a semidefinite matrix's largest eigenvalue, or zero."""
+    # For a symmetric map Arnoldi's method is Lanczos', whose error falls with the
+    # square of the number of steps; that of power iteration falls with the number. The
+    # small eigenproblem is solved by repeated squaring: arithmetic, which exports. The
+    # result is not to be differentiated.
     dtype = start.dtype
     basis, projection = arnoldi(product, start, num_steps)
     power = projection + projection.T
@@ -95,16 +71,7 @@ def leading_eigenvector(
 
 
 def starting_vector(example: Array) -> Float[Array, " n"]:
-    """A fixed vector without structure, in which no eigenvector is missing.
-
-    **Arguments:**
-
-    - `example`: an array of as many elements.
-
-    **Returns:**
-
-    A flat vector of the example's working dtype.
-    """
+    """A fixed vector without structure, in which no eigenvector is missing."""
     return jr.normal(jr.key(0), (example.size,), working_dtype(example))
 
 

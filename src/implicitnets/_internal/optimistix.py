@@ -70,14 +70,5 @@ def replace_inputs(inputs: tuple, **changes: Any) -> tuple:
 
 
 def run_solve(primal_fn: Callable, inputs: PyTree) -> tuple[PyTree[Array], Any]:
-    """Make the solve that an adjoint is given, in our loop.
-
-    **Arguments:**
-
-    - `primal_fn`, `inputs`: as those of `optimistix.AbstractAdjoint.apply`.
-
-    **Returns:**
-
-    The root, and what comes with it: the [`SolveOutputs`][].
-    """
+    """Make the solve that an adjoint is given, in our loop."""
     return jtu.tree_map(jnp.asarray, primal_fn(inputs + (while_loop,)))

@@ -10,14 +10,16 @@ from jaxtyping import Array, PyTree
 _Tree = TypeVar("_Tree")
 _Layer = TypeVar("_Layer", bound=eqx.Module)
 
+# Which modules to choose: by their type, or by a module's path, such as
+# `"block.layers.0"`, and the module itself.
 Filter: TypeAlias = type | tuple[type, ...] | Callable[[str, Any], bool]
 
 
 class AbstractParametrisation(eqx.Module):
     """Stands in a layer for an array that is computed from other arrays.
 
-    Those are its leaves, which is all that there is to train, to copy, to serialise and
-    to average. Write your own by giving it fields and a `value`. See
+    The other arrays are its leaves: what is trained, copied, serialised and averaged.
+    To write your own, give a subclass fields and a `value`. See
     [`implicitnets.nn.resolve`][].
     """
 
@@ -27,22 +29,21 @@ class AbstractParametrisation(eqx.Module):
 
         **Returns:**
 
-        An array. Parametrisations among its own fields have been resolved by then.
+        An array. Parametrisations among its own fields are resolved before the call.
         """
 
 
 def is_parametrisation(node: Any) -> bool:
-    """Whether a node of a pytree stands for an array."""
     return isinstance(node, AbstractParametrisation)
 
 
 def resolve(tree: PyTree) -> PyTree:
-    """Put in the place of every parametrisation the array that it stands for.
+    """Replace every parametrisation by the array that it stands for.
 
-    The equilibrium layers do so once at the start of a solve, and so once for all its
-    steps and, under `vmap`, for the whole batch. Anywhere else do it yourself, where
-    the model is differentiated: `inn.nn.resolve(cell)(z, x)`. Nothing happens to a
-    pytree without parametrisations.
+    The equilibrium layers do so once at the start of a solve: once for all its steps
+    and, under `vmap`, for the whole batch. Anywhere else call it yourself, where the
+    model is differentiated: `inn.nn.resolve(cell)(z, x)`. A pytree without
+    parametrisations comes back as it is.
 
     **Arguments:**
 
@@ -72,27 +73,10 @@ def parametrise(
     filter: Filter,
     fn: Callable[[Any], AbstractParametrisation],
 ) -> _Tree:
-    """Replace the weight of every chosen layer.
-
-    **Arguments:**
-
-    - `tree`: any pytree.
-    - `filter`: which of the modules with a `weight` of at least two dimensions: the
-        types to choose, or a function of a module's path, such as `"block.layers.0"`,
-        and the module itself.
-    - `fn`: what the weight of a module is to be replaced by.
-
-    **Returns:**
-
-    The pytree with the weights replaced.
-
-    **Raises:**
-
-    `ValueError` if no layer is chosen.
-    """
+    """Replace the weight of every chosen layer; a `ValueError` if none is chosen."""
     num_chosen = 0
 
-    def visit(path, node):
+    def visit(path: tuple, node: Any) -> Any:
         nonlocal num_chosen
         if is_parametrisation(node) or jtu.all_leaves([node]):
             return node
@@ -114,7 +98,6 @@ def parametrise(
 
 
 def replace_weight(layer: _Layer, weight: Any) -> _Layer:
-    """The layer with another weight in the place of its own, or of none."""
     return eqx.tree_at(
         lambda layer: layer.weight,
         layer,

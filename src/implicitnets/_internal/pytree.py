@@ -10,32 +10,14 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar
 
 
 def working_dtype(tree: PyTree[Array]) -> jnp.dtype:
-    """The dtype of a solver's scalars and small systems: at least float32.
-
-    **Arguments:**
-
-    - `tree`: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
-
-    **Returns:**
-
-    float32 for half-precision leaves, otherwise the widest dtype of the leaves.
-    """
+    """The dtype of a solver's scalars and small systems: at least float32."""
     dtypes = [leaf.dtype for leaf in jtu.tree_leaves(tree)]
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(jnp.float32, *dtypes)
 
 
 def tree_dot(x: PyTree[Array], y: PyTree[Array]) -> Scalar:
-    """The inner product of two pytrees, each treated as one vector.
-
-    **Arguments:**
-
-    - `x`, `y`: pytrees of one structure.
-
-    **Returns:**
-
-    A scalar of the working dtype.
-    """
+    """The inner product of two pytrees, each treated as one vector."""
     dtype = working_dtype(x)
     products = jtu.tree_map(
         lambda a, b: jnp.sum(a.astype(dtype) * b.astype(dtype)), x, y
@@ -44,76 +26,25 @@ def tree_dot(x: PyTree[Array], y: PyTree[Array]) -> Scalar:
 
 
 def tree_astype(tree: PyTree[Array], dtype: Any) -> PyTree[Array]:
-    """Cast every leaf of a pytree.
-
-    **Arguments:**
-
-    - `tree`: a pytree of arrays.
-    - `dtype`: the dtype to cast to.
-
-    **Returns:**
-
-    The pytree, in that dtype.
-    """
     return jtu.tree_map(lambda x: x.astype(dtype), tree)
 
 
 def tree_cast_like(tree: PyTree[Array], like: PyTree) -> PyTree[Array]:
-    """Cast every leaf of a pytree to the dtype of another's.
-
-    **Arguments:**
-
-    - `tree`: a pytree of arrays.
-    - `like`: arrays or `jax.ShapeDtypeStruct`s, of the same structure.
-
-    **Returns:**
-
-    The pytree, in those dtypes.
-    """
+    """Cast every leaf of a pytree to the dtype of another's."""
     return jtu.tree_map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def tree_ravel(tree: PyTree[Array]) -> PyTree[Array]:
-    """Flatten every leaf of a pytree to one axis.
-
-    **Arguments:**
-
-    - `tree`: a pytree of arrays.
-
-    **Returns:**
-
-    The pytree of vectors.
-    """
     return jtu.tree_map(jnp.ravel, tree)
 
 
 def tree_reshape_like(tree: PyTree[Array], like: PyTree) -> PyTree[Array]:
-    """Reshape every leaf of a pytree to the shape of another's.
-
-    **Arguments:**
-
-    - `tree`: a pytree of arrays.
-    - `like`: arrays or `jax.ShapeDtypeStruct`s, of the same structure.
-
-    **Returns:**
-
-    The pytree, in those shapes.
-    """
+    """Reshape every leaf of a pytree to the shape of another's."""
     return jtu.tree_map(lambda x, y: x.reshape(y.shape), tree, like)
 
 
 def tree_normal(key: PRNGKeyArray, like: PyTree[Array]) -> PyTree[Array]:
-    """Standard normal numbers.
-
-    **Arguments:**
-
-    - `key`: a random key.
-    - `like`: the structure, shapes and dtypes.
-
-    **Returns:**
-
-    A pytree like `like`.
-    """
+    """Standard normal numbers, in a pytree like another one."""
     leaves, treedef = jtu.tree_flatten(like)
     keys = jr.split(key, len(leaves))
     return jtu.tree_unflatten(
@@ -123,14 +54,4 @@ def tree_normal(key: PRNGKeyArray, like: PyTree[Array]) -> PyTree[Array]:
 
 
 def tree_all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
-    """Whether every element of every leaf is finite.
-
-    **Arguments:**
-
-    - `tree`: a pytree of arrays.
-
-    **Returns:**
-
-    A boolean scalar.
-    """
     return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(tree)]).all()

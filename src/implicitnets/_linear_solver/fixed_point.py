@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -9,31 +9,32 @@ from jaxtyping import Array, PyTree
 
 from .._internal.checks import check_hyperparameter, check_integer
 from .._internal.optimistix import run_solve
-from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
-from .matrix_free import AbstractMatrixFreeSolver
+from .matrix_free import AbstractMatrixFreeSolver, LinearSolution, Product
 
 
 class FixedPointLinearSolver(AbstractMatrixFreeSolver):
     r"""Solve a linear system by any Optimistix fixed-point solver.
 
     The solution of $A u = b$ is the fixed point of $u \mapsto u + A u - b$. For the
-    operator of an implicit adjoint, $A = J - I$, that is $u \mapsto J u - b$, and in
+    operator of an implicit adjoint, $A = J - I$, the map is $u \mapsto J u - b$, and in
     reverse mode $u \mapsto J^T u - b$: the backward iteration of Bai et al., *Deep
-    Equilibrium Models*, 2019, section 3.1.3. So it is made for operators for which
-    $I + A$ contracts; acceleration and root finders reach further.
+    Equilibrium Models*, 2019, section 3.1.3. Plain iteration converges where $I + A$
+    contracts; acceleration and root finders reach further.
 
-    Starts at `-b`, the first iterate from zero. Stops when `solver` does, for which the
-    residual is that of the linear system, relative (for our solvers) to the norm of
-    `u + A u - b`, which is about that of the solution. Only for real square operators.
-    Under `vmap` every example stops on its own.
+    Starts at `-b`, the first iterate from zero, and stops when `solver` does. The
+    solver's residual is that of the linear system; the fixed-point solvers of this
+    library measure it relative to the norm of `u + A u - b`, which is about that of the
+    solution. Only for real square operators. Under `vmap` every example stops on its
+    own.
 
     This solver supports the following `options` of [`lineax.linear_solve`][]:
 
     - `y0`: where to start.
 
-    The statistics are those of `solver`: `num_steps`, and for ours `nfe`, which counts
-    the products with the operator. The result is that of `solver`, with `breakdown` for
-    divergence and `singular` for values that are not finite, where the solution is NaN.
+    The statistics are those of `solver`: `num_steps`, and `nfe` if the solver counts
+    it, which is the number of products with the operator. The result is that of
+    `solver`, with `breakdown` for divergence and `singular` for values that are not
+    finite, where the solution is NaN.
 
     **Arguments:**
 
@@ -59,38 +60,30 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         if self.max_steps is not None:
             check_integer(self, "max_steps", 1)
 
-    def _solve(self, operator, vector, options):
-        dtype = working_dtype(vector)
-
-        b = tree_astype(vector, dtype)
-
+    def _solve(
+        self, product: Product, vector: PyTree[Array], options: dict[str, Any]
+    ) -> LinearSolution:
         def iteration(u, args):
             del args
-            product = tree_astype(operator.mv(tree_cast_like(u, vector)), dtype)
-            return jtu.tree_map(lambda u, p, b: u + (p - b), u, product, b)
+            return jtu.tree_map(lambda u, p, b: u + (p - b), u, product(u), vector)
 
-        start = options.get("y0", jtu.tree_map(jnp.negative, vector))
         solution = optx.fixed_point(
             iteration,
             self.solver,
-            tree_astype(start, dtype),
+            options.get("y0", jtu.tree_map(jnp.negative, vector)),
             max_steps=self.max_steps,
             adjoint=_NoAdjoint(),
             throw=False,
         )
         stats = {k: v for k, v in solution.stats.items() if k != "max_steps"}
-        # Our solvers return the best iterate, which a gradient is not to be made of.
+        # Our solvers return their best iterate, of which a gradient would look right.
         nonfinite = solution.result == optx.RESULTS.nonfinite
         value = jtu.tree_map(lambda x: jnp.where(nonfinite, jnp.nan, x), solution.value)
-        return (
-            tree_cast_like(value, vector),
-            _as_linear_result(solution.result),
-            stats,
-        )
+        return value, _as_linear_result(solution.result), stats
 
 
 class _NoAdjoint(optx.AbstractAdjoint):
-    """Only solves: what differentiates is the linear solve around it."""
+    """No derivative: what differentiates is the linear solve around it."""
 
     def apply(
         self,

@@ -1,9 +1,8 @@
-from collections.abc import Callable
-from typing import ClassVar
+import functools as ft
+from typing import Any, ClassVar
 
 import equinox as eqx
 import equinox.internal as eqxi
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -20,16 +19,16 @@ from .._internal.history import (
 )
 from .._internal.loop import Unfrozen, while_loop
 from .._internal.pytree import tree_dot, working_dtype
-from .matrix_free import AbstractMatrixFreeSolver
+from .matrix_free import AbstractMatrixFreeSolver, LinearSolution, Product
 
 
-# Orthogonalise a second time if less than this share of a product was left: what is
-# left has then lost accuracy to cancellation, and the losses of the steps multiply
+# Orthogonalise a second time if less than this share of a product was left: it has
+# then lost accuracy to cancellation, and the losses of the steps multiply
 # (Giraud et al., *The loss of orthogonality in the Gram-Schmidt orthogonalization
 # process*, 2005).
 _CANCELLATION = 0.5
 
-# A column of the triangular factor this many roundings long is none.
+# A column of the triangular factor that is this many roundings long counts as zero.
 _SINGULAR = 10
 
 # By how many roundings of its largest term a combination of columns may be off.
@@ -43,9 +42,9 @@ class GivensGMRES(AbstractMatrixFreeSolver):
     r"""GMRES that knows its residual after every product, and stops there.
 
     The Hessenberg matrix is kept in triangular form by Givens rotations (Saad and
-    Schultz, *GMRES*, 1986, section 3.2), which gives the two-norm of the residual
-    for nothing, so that a solve pays for the products that it needs and no more, where
-    [`lineax.GMRES`][] looks at the end of a restart cycle.
+    Schultz, *GMRES*, 1986, section 3.2). They give the two-norm of the residual after
+    every product at no further cost, so that a solve makes only the products that it
+    needs. [`lineax.GMRES`][] looks at its residual at the end of a restart cycle.
 
     Stops when `two_norm(b - A x) <= atol + rtol * two_norm(b)`. Only for real square
     operators. Under `vmap` every example stops on its own.
@@ -53,19 +52,21 @@ class GivensGMRES(AbstractMatrixFreeSolver):
     This solver supports the following `options` of [`lineax.linear_solve`][]:
 
     - `preconditioner`: a [`lineax.AbstractLinearOperator`][] close to the inverse, used
-        on the right, so that the residual of the stopping rule is that of the system.
+        on the right: the stopping rule sees the residual of the system itself.
     - `y0`: where to start; zero by default. A start costs one product.
 
     The statistics are `num_steps` (the products with the operator) and `residual_norm`
-    (`two_norm(b - A x)`). The rotations tell the residual of exact arithmetic; where
-    rounding may have made another of it (after a restart, or when the solution is huge)
-    it is verified by a product, so that success is never claimed wrongly, and a cycle
-    that has not helped is taken back. The result tells running out of steps, breakdown
-    (a cycle without progress, since the operator is singular on the Krylov space, to
-    rounding) and stagnation (any other cycle without progress: more `restart`, a
-    preconditioner, or a tolerance above what rounding allows, are the remedies) apart.
-    Where the vector or a product is not finite, the result is breakdown and the
-    solution NaN.
+    (`two_norm(b - A x)`). The rotations give the residual of exact arithmetic. After a
+    restart, or if the solution is huge, rounding may have changed it: one product then
+    verifies it, so that success is never claimed wrongly, and a cycle that has not
+    helped is undone. A solve that is not successful ends in one of three results:
+
+    - `max_steps_reached`;
+    - `breakdown`: a cycle made no progress, because the operator is singular on the
+        Krylov space, to rounding. Also where the vector or a product is not finite; the
+        solution is then NaN.
+    - `stagnation`: a cycle made no progress for another reason. Raise `restart`, give
+        a preconditioner, or choose a tolerance that rounding allows.
 
     **Arguments:**
 
@@ -73,7 +74,8 @@ class GivensGMRES(AbstractMatrixFreeSolver):
     - `atol`: absolute tolerance.
     - `max_steps`: the largest number of products with the operator; `None` for no
         bound.
-    - `restart`: the dimension of the Krylov space, in memory `restart + 1` vectors.
+    - `restart`: the dimension of the Krylov space, which takes `restart + 1` vectors
+        of memory.
     """
 
     _options: ClassVar[tuple[str, ...]] = ("preconditioner", "y0")
@@ -89,132 +91,33 @@ class GivensGMRES(AbstractMatrixFreeSolver):
             check_integer(self, "max_steps", 1)
         check_integer(self, "restart", 1)
 
-    def _solve(self, operator, vector, options):
+    def _solve(
+        self, product: Product, vector: PyTree[Array], options: dict[str, Any]
+    ) -> LinearSolution:
         dtype = working_dtype(vector)
-        structure = jax.eval_shape(lambda: vector)
-
-        def widen(x):
-            return jtu.tree_map(lambda a: a.astype(dtype), x)
-
-        def narrow(x):
-            return jtu.tree_map(lambda a, s: a.astype(s.dtype), x, structure)
-
-        def product(x):
-            return widen(operator.mv(narrow(x)))
-
-        preconditioner = options.get("preconditioner")
-
-        def precondition(x):
-            return x if preconditioner is None else widen(preconditioner.mv(narrow(x)))
-
-        def residual_at(x):
-            return jtu.tree_map(jnp.subtract, b, product(x))
-
-        b = widen(vector)
-        size = sum(x.size for x in jtu.tree_leaves(b))
-        restart = max(1, min(self.restart, size))
-        rtol = jnp.asarray(self.rtol, dtype)
-        target = jnp.asarray(self.atol, dtype) + rtol * _norm(b)
-
-        if "y0" in options:
-            solution = widen(options["y0"])
-            residual = residual_at(solution)
-            num_steps = jnp.array(1)
-        else:
-            solution = jtu.tree_map(jnp.zeros_like, b)
-            residual = b
-            num_steps = jnp.array(0)
-
-        def within_budget(num_steps):
-            return True if self.max_steps is None else num_steps < self.max_steps
-
-        def solve_goes_on(solve):
-            unfinished = ~solve.verified | (solve.residual_norm > target)
-            return unfinished & ~solve.stagnation & within_budget(solve.num_steps)
-
-        def run_cycle(solve):
-            start_norm = solve.residual_norm
-
-            def cycle_goes_on(cycle):
-                unfinished = (cycle.residual_norm > target) & ~cycle.exhausted
-                room = cycle.column.value < restart
-                num_steps = solve.num_steps + cycle.num_columns
-                return unfinished & room & within_budget(num_steps)
-
-            def step(cycle):
-                return _arnoldi_step(
-                    lambda x: product(precondition(x)),
-                    b,
-                    start_norm,
-                    cycle,
-                    cycle_goes_on(cycle),
-                )
-
-            cycle = while_loop(
-                cycle_goes_on,
-                step,
-                _start_cycle(solve.residual, start_norm, solve.basis.value, restart),
-            )
-            combination, rounding_error = _combine(cycle, b, start_norm)
-            new_solution = jtu.tree_map(
-                jnp.add, solve.solution, precondition(combination)
-            )
-            num_steps = solve.num_steps + cycle.num_columns
-
-            # The rotations tell the residual of exact arithmetic. That is as good as
-            # the true one, which costs a product, unless there was much to round.
-            trusted = ("y0" not in options) & (solve.num_cycles.value == 0)
-            accurate = rounding_error <= target
-            verified = trusted & accurate & (cycle.residual_norm <= target)
-            check = ~verified & within_budget(num_steps)
-            new_residual = lax.cond(
-                eqxi.unvmap_any(check),
-                lambda: residual_at(new_solution),
-                lambda: solve.residual,
-            )
-            new_norm = jnp.where(check, _norm(new_residual), cycle.residual_norm)
-            stagnation = check & ~(new_norm <= _STAGNATION * start_norm)
-            # What has overflowed is taken back, what the operator spoils is not.
-            spoilt = ~jnp.isfinite(cycle.residual_norm)
-            new_norm = jnp.where(spoilt, jnp.nan, new_norm)
-            take_back = stagnation & ~spoilt
-            new = new_solution, new_residual, new_norm
-            old = solve.solution, solve.residual, start_norm
-            new_solution, new_residual, new_norm = jtu.tree_map(
-                lambda x, y: jnp.where(take_back, y, x), new, old
-            )
-            return _Solve(
-                solution=new_solution,
-                residual=new_residual,
-                residual_norm=new_norm,
-                num_steps=num_steps + jnp.where(check, 1, 0),
-                verified=verified | check,
-                stagnation=stagnation,
-                singular=cycle.exhausted | ~accurate,
-                num_cycles=Unfrozen(solve.num_cycles.value + 1),
-                basis=cycle.basis,
-            )
-
-        solve = while_loop(
-            solve_goes_on,
-            run_cycle,
-            _Solve(
-                solution=solution,
-                residual=residual,
-                residual_norm=_norm(residual),
-                num_steps=num_steps,
-                verified=jnp.array(True),
-                stagnation=jnp.array(False),
-                singular=jnp.array(False),
-                num_cycles=Unfrozen(jnp.array(0)),
-                basis=Unfrozen(empty_history(restart + 1, b)),
-            ),
+        size = sum(x.size for x in jtu.tree_leaves(vector))
+        rtol, atol = jnp.asarray(self.rtol, dtype), jnp.asarray(self.atol, dtype)
+        system = _System(
+            product=product,
+            precondition=options.get("preconditioner", lambda x: x),
+            vector=vector,
+            target=atol + rtol * _norm(vector),
+            restart=max(1, min(self.restart, size)),
+            max_steps=self.max_steps,
+            from_zero="y0" not in options,
         )
-        # Of NaN, and of infinity, no comparison with the target tells. They come from
-        # the right-hand side or from a product, and are not to be taken for a zero.
+
+        def goes_on(solve):
+            unfinished = ~solve.verified | (solve.residual_norm > system.target)
+            return unfinished & ~solve.stagnation & system.affords(solve.num_steps)
+
+        start = _start_solve(system, options.get("y0"))
+        solve = while_loop(goes_on, ft.partial(_run_cycle, system), start)
+        # NaN and infinity fail every comparison with the target. They come from the
+        # right-hand side or from a product, and must not pass for a solution of zero.
         finite = jnp.isfinite(solve.residual_norm)
         solution = jtu.tree_map(lambda x: jnp.where(finite, x, jnp.nan), solve.solution)
-        converged = finite & solve.verified & (solve.residual_norm <= target)
+        converged = finite & solve.verified & (solve.residual_norm <= system.target)
         broken = (solve.stagnation & solve.singular) | ~finite
         result = lx.RESULTS.where(
             solve.stagnation, lx.RESULTS.stagnation, lx.RESULTS.max_steps_reached
@@ -222,7 +125,25 @@ class GivensGMRES(AbstractMatrixFreeSolver):
         result = lx.RESULTS.where(broken, lx.RESULTS.breakdown, result)
         result = lx.RESULTS.where(converged, lx.RESULTS.successful, result)
         stats = {"num_steps": solve.num_steps, "residual_norm": solve.residual_norm}
-        return narrow(solution), result, stats
+        return solution, result, stats
+
+
+class _System(eqx.Module):
+    """What does not change while one system is solved."""
+
+    product: Product
+    precondition: Product
+    vector: PyTree[Array]
+    target: Scalar
+    restart: int
+    max_steps: int | None
+    from_zero: bool
+
+    def residual(self, x: PyTree[Array]) -> PyTree[Array]:
+        return jtu.tree_map(jnp.subtract, self.vector, self.product(x))
+
+    def affords(self, num_steps: Int[Array, ""]) -> Bool[Array, ""] | bool:
+        return True if self.max_steps is None else num_steps < self.max_steps
 
 
 class _Solve(eqx.Module):
@@ -240,14 +161,12 @@ class _Solve(eqx.Module):
 
 
 class _Cycle(eqx.Module):
-    """The carry of the loop within a cycle: the Arnoldi basis, and the QR factors.
+    """The carry of the loop within a cycle: the Arnoldi basis, and the QR factors."""
 
-    Of the orthogonal factor a new rotation changes the last row only, so that a step
-    costs two rows of the small matrices and not the whole of them. Nothing is read past
-    an example's `num_columns`, so that a finished example's basis and factors may go on
-    changing.
-    """
-
+    # A new rotation changes the last row of the orthogonal factor only, so that a step
+    # costs two rows of the small matrices and not the whole of them. Nothing is read
+    # past an example's `num_columns`, so that a finished example's basis and factors
+    # may go on changing.
     basis: Unfrozen[PyTree[Array]]
     hessenberg: Unfrozen[Float[Array, " columns rows"]]  # transposed
     rotation: Unfrozen[Float[Array, " columns rows"]]
@@ -267,15 +186,100 @@ def _divide(vector: PyTree[Array], norm: Scalar) -> PyTree[Array]:
     return jtu.tree_map(lambda x: x * inverse, vector)
 
 
-def _start_cycle(
-    residual: PyTree[Array], norm: Scalar, basis: PyTree[Array], restart: int
-) -> _Cycle:
-    rows = jnp.zeros((restart, restart + 1), norm.dtype)
+def _start_solve(system: _System, y0: PyTree[Array] | None) -> _Solve:
+    if y0 is None:
+        solution = jtu.tree_map(jnp.zeros_like, system.vector)
+        residual = system.vector
+    else:
+        solution = y0
+        residual = system.residual(y0)
+    return _Solve(
+        solution=solution,
+        residual=residual,
+        residual_norm=_norm(residual),
+        num_steps=jnp.array(0 if y0 is None else 1),
+        verified=jnp.array(True),
+        stagnation=jnp.array(False),
+        singular=jnp.array(False),
+        num_cycles=Unfrozen(jnp.array(0)),
+        basis=Unfrozen(empty_history(system.restart + 1, system.vector)),
+    )
+
+
+def _run_cycle(system: _System, solve: _Solve) -> _Solve:
+    start_norm = solve.residual_norm
+
+    def goes_on(cycle):
+        unfinished = (cycle.residual_norm > system.target) & ~cycle.exhausted
+        room = cycle.column.value < system.restart
+        return unfinished & room & system.affords(solve.num_steps + cycle.num_columns)
+
+    cycle = while_loop(
+        goes_on,
+        lambda cycle: _arnoldi_step(system, start_norm, cycle, goes_on(cycle)),
+        _start_cycle(system, solve),
+    )
+    combination, rounding_error = _combine(cycle, system.vector, start_norm)
+    solution = jtu.tree_map(jnp.add, solve.solution, system.precondition(combination))
+    return _verify(system, solve, cycle, solution, rounding_error)
+
+
+def _verify(
+    system: _System,
+    solve: _Solve,
+    cycle: _Cycle,
+    solution: PyTree[Array],
+    rounding_error: Scalar,
+) -> _Solve:
+    """What a cycle has achieved; taken back if it is nothing."""
+    num_steps = solve.num_steps + cycle.num_columns
+    # The rotations tell the residual of exact arithmetic. That is as good as the true
+    # one, which costs a product, unless there was much to round.
+    trusted = system.from_zero & (solve.num_cycles.value == 0)
+    accurate = rounding_error <= system.target
+    verified = trusted & accurate & (cycle.residual_norm <= system.target)
+    check = ~verified & system.affords(num_steps)
+    # Under `vmap` a product is one for the whole batch: made if any example needs it.
+    residual = lax.cond(
+        eqxi.unvmap_any(check),
+        lambda: system.residual(solution),
+        lambda: solve.residual,
+    )
+    norm = jnp.where(check, _norm(residual), cycle.residual_norm)
+    # Negated, so that it is true of NaN.
+    stagnation = check & ~(norm <= _STAGNATION * solve.residual_norm)
+    # A cycle that overflowed by itself is taken back. One whose products are not finite
+    # is not: the operator is to blame, and the solution NaN.
+    spoilt = ~jnp.isfinite(cycle.residual_norm)
+    norm = jnp.where(spoilt, jnp.nan, norm)
+    take_back = stagnation & ~spoilt
+    new = solution, residual, norm
+    old = solve.solution, solve.residual, solve.residual_norm
+    solution, residual, norm = jtu.tree_map(
+        lambda x, y: jnp.where(take_back, y, x), new, old
+    )
+    return _Solve(
+        solution=solution,
+        residual=residual,
+        residual_norm=norm,
+        num_steps=num_steps + jnp.where(check, 1, 0),
+        verified=verified | check,
+        stagnation=stagnation,
+        singular=cycle.exhausted | ~accurate,
+        num_cycles=Unfrozen(solve.num_cycles.value + 1),
+        basis=cycle.basis,
+    )
+
+
+def _start_cycle(system: _System, solve: _Solve) -> _Cycle:
+    norm, num_rows = solve.residual_norm, system.restart + 1
+    rows = jnp.zeros((system.restart, num_rows), norm.dtype)
+    first = _divide(solve.residual, norm)
     return _Cycle(
-        basis=Unfrozen(history_set(basis, 0, _divide(residual, norm))),
+        basis=Unfrozen(history_set(solve.basis.value, 0, first)),
         hessenberg=Unfrozen(rows),
         rotation=Unfrozen(rows),
-        last_row=Unfrozen(jnp.zeros(restart + 1, norm.dtype).at[0].set(1)),
+        last_row=Unfrozen(jnp.zeros(num_rows, norm.dtype).at[0].set(1)),
         column=Unfrozen(jnp.array(0)),
         num_columns=jnp.array(0),
         residual_norm=norm,
@@ -284,19 +288,42 @@ def _start_cycle(
 
 
 def _arnoldi_step(
-    product: Callable[[PyTree[Array]], PyTree[Array]],
-    like: PyTree[Array],
-    start_norm: Scalar,
-    cycle: _Cycle,
-    active: Bool[Array, ""],
+    system: _System, start_norm: Scalar, cycle: _Cycle, active: Bool[Array, ""]
 ) -> _Cycle:
     j = cycle.column.value
     basis = cycle.basis.value
-    last_row = cycle.last_row.value
-    rows = jnp.arange(last_row.shape[0])
-    newest = history_get(basis, j, like)
-    image = product(newest)
+    rows = jnp.arange(system.restart + 1)
+    newest = history_get(basis, j, system.vector)
+    image = system.product(system.precondition(newest))
     image_norm = _norm(image)
+    image, projections, norm = _project_out(basis, newest, image, rows, j, active)
+    last = rows == j + 1
+    radius, rotation, last_row = _rotate(cycle.last_row.value, projections, norm, last)
+    # The Krylov space maps into a smaller one, and the column adds nothing.
+    exhausted = radius <= _SINGULAR * jnp.finfo(norm.dtype).eps * image_norm
+    residual_norm = start_norm * jnp.abs(last_row[0])
+    column = jnp.where(last, norm, projections)
+    return _Cycle(
+        basis=Unfrozen(history_set(basis, j + 1, _divide(image, norm))),
+        hessenberg=Unfrozen(history_set(cycle.hessenberg.value, j, column)),
+        rotation=Unfrozen(history_set(cycle.rotation.value, j, rotation)),
+        last_row=Unfrozen(last_row),
+        column=Unfrozen(j + 1),
+        num_columns=cycle.num_columns + 1,
+        residual_norm=jnp.where(exhausted, cycle.residual_norm, residual_norm),
+        exhausted=exhausted,
+    )
+
+
+def _project_out(
+    basis: PyTree[Array],
+    newest: PyTree[Array],
+    image: PyTree[Array],
+    rows: Int[Array, " rows"],
+    j: Int[Array, ""],
+    active: Bool[Array, ""],
+) -> tuple[PyTree[Array], Float[Array, " rows"], Scalar]:
+    """A product without its projections on the basis, twice if there is need."""
     # The operator of an implicit adjoint has most of the product along the vector
     # itself. Without that first there is little to cancel.
     along = tree_dot(newest, image)
@@ -311,32 +338,27 @@ def _arnoldi_step(
         return jtu.tree_map(lambda x, y: jnp.where(cancelled, x, y), twice, once)
 
     image, projections, norm = lax.cond(eqxi.unvmap_any(cancelled), again, lambda: once)
-    projections = projections + jnp.where(rows == j, along, 0)
+    return image, projections + jnp.where(rows == j, along, 0), norm
 
-    # The rotation that zeroes the last element of the new column of the Hessenberg
-    # matrix, as the rotations before have left it.
+
+def _rotate(
+    last_row: Float[Array, " rows"],
+    projections: Float[Array, " rows"],
+    norm: Scalar,
+    last: Bool[Array, " rows"],
+) -> tuple[Scalar, Float[Array, " rows"], Float[Array, " rows"]]:
+    """The pivot of the new column, and the last two rows of the orthogonal factor."""
+    # The rotation zeroes the last element of the new column of the Hessenberg matrix,
+    # as the rotations before have left it.
     upper = jnp.sum(last_row * projections)
     radius = jnp.sqrt(upper**2 + norm**2)
     # Of NaN the rotation is NaN, and so is the residual.
     safe_radius = jnp.where(radius == 0, 1, radius)
     cos = jnp.where(radius == 0, 1, upper / safe_radius)
     sin = jnp.where(radius == 0, 0, norm / safe_radius)
-    new_rotation = jnp.where(rows == j + 1, sin, cos * last_row)
-    new_last_row = jnp.where(rows == j + 1, cos, -sin * last_row)
-    column = jnp.where(rows == j + 1, norm, projections)
-    # The Krylov space maps into a smaller one, and the column adds nothing.
-    exhausted = radius <= _SINGULAR * jnp.finfo(norm.dtype).eps * image_norm
-    residual_norm = start_norm * jnp.abs(new_last_row[0])
-    return _Cycle(
-        basis=Unfrozen(history_set(basis, j + 1, _divide(image, norm))),
-        hessenberg=Unfrozen(history_set(cycle.hessenberg.value, j, column)),
-        rotation=Unfrozen(history_set(cycle.rotation.value, j, new_rotation)),
-        last_row=Unfrozen(new_last_row),
-        column=Unfrozen(j + 1),
-        num_columns=cycle.num_columns + 1,
-        residual_norm=jnp.where(exhausted, cycle.residual_norm, residual_norm),
-        exhausted=exhausted,
-    )
+    rotation = jnp.where(last, sin, cos * last_row)
+    new_last_row = jnp.where(last, cos, -sin * last_row)
+    return radius, rotation, new_last_row
 
 
 def _orthogonalise(

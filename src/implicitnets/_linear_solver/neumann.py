@@ -1,31 +1,34 @@
+from typing import Any
+
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import ScalarLike
+from jaxtyping import Array, PyTree, ScalarLike
 
 from .._internal.checks import check_integer, check_number
-from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
-from .matrix_free import AbstractMatrixFreeSolver
+from .._internal.pytree import working_dtype
+from .matrix_free import AbstractMatrixFreeSolver, LinearSolution, Product
 
 
 class NeumannSeries(AbstractMatrixFreeSolver):
     r"""The first terms of the Neumann series of a linear system's solution.
 
-    The operator is taken as $A = J - I$, that of an implicit adjoint, for which with
-    $\lambda = 1 - \text{damping}$
+    The operator is $A = J - I$, as in an implicit adjoint. With
+    $\lambda = 1 - \text{damping}$,
 
     $$A^{-1} b = -\lambda \sum_{i=0}^{\infty}
     \big(\lambda J + (1 - \lambda) I\big)^i b$$
 
-    if the matrix in brackets contracts. The first `num_terms` terms take one product
-    less, and two vectors of memory. At an equilibrium the gradient they give is that of
-    [`implicitnets.PhantomAdjoint`][] with as many steps.
+    if the matrix in brackets contracts. The solver sums the first `num_terms` terms, by
+    `num_terms - 1` products and in the memory of two vectors. At an equilibrium they
+    give the gradient of [`implicitnets.PhantomAdjoint`][] with as many steps.
 
-    A fixed count of terms, whatever the residual, so the result is always successful:
-    what is asked for is not the solution but a direction of bounded size, which makes
-    this the `fallback` of choice in [`implicitnets.ImplicitAdjoint`][]. Only for real
-    square operators. The statistics have `num_steps`, the number of products.
+    The number of terms is fixed and the result always successful, whatever the
+    residual: the series is not meant to solve the system but to give a direction of
+    bounded size. That makes it a good `fallback` for
+    [`implicitnets.ImplicitAdjoint`][]. Only for real square operators. The statistics
+    have `num_steps`, the number of products.
 
     Geng et al., *On Training Implicit Models*, 2021, equation 8 (the "Neumann-series
     based phantom gradient").
@@ -33,7 +36,7 @@ class NeumannSeries(AbstractMatrixFreeSolver):
     **Arguments:**
 
     - `num_terms`: how many terms. One term is $-\lambda b$.
-    - `damping`: the weight of the identity: 0 for none.
+    - `damping`: the weight of the identity; 0 for none.
     """
 
     num_terms: int = 5
@@ -43,18 +46,19 @@ class NeumannSeries(AbstractMatrixFreeSolver):
         check_integer(self, "num_terms", 1)
         check_number(self, "damping", lambda x: 0 <= x < 1, "in the interval [0, 1)")
 
-    def _solve(self, operator, vector, options):
+    def _solve(
+        self, product: Product, vector: PyTree[Array], options: dict[str, Any]
+    ) -> LinearSolution:
         del options
-        dtype = working_dtype(vector)
-        weight = 1 - jnp.asarray(self.damping, dtype)
-        b = tree_astype(vector, dtype)
+        weight = 1 - jnp.asarray(self.damping, working_dtype(vector))
 
         # The sum as a damped iteration, which keeps one vector and not two.
         def add_term(_, u):
-            product = tree_astype(operator.mv(tree_cast_like(u, vector)), dtype)
-            return jtu.tree_map(lambda u, p, b: u + weight * (p - b), u, product, b)
+            return jtu.tree_map(
+                lambda u, p, b: u + weight * (p - b), u, product(u), vector
+            )
 
-        first = jtu.tree_map(lambda b: -weight * b, b)
+        first = jtu.tree_map(lambda b: -weight * b, vector)
         solution = lax.fori_loop(1, self.num_terms, add_term, first)
         stats = {"num_steps": jnp.array(self.num_terms - 1)}
-        return tree_cast_like(solution, vector), lx.RESULTS.successful, stats
+        return solution, lx.RESULTS.successful, stats
