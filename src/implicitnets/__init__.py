@@ -55,13 +55,11 @@ from ._solution import EquilibriumSolution as EquilibriumSolution
 from ._solver.adams import VCABM3 as VCABM3
 from ._solver.anderson import AndersonAcceleration as AndersonAcceleration
 from ._solver.broyden import Broyden as Broyden
+from ._solver.forward_backward import ForwardBackward as ForwardBackward
 from ._solver.newton_krylov import NewtonKrylov as NewtonKrylov
+from ._solver.peaceman_rachford import PeacemanRachford as PeacemanRachford
 from ._solver.pseudo_transient import PseudoTransient as PseudoTransient
 from ._solver.reversible import ReversibleFixedPoint as ReversibleFixedPoint
-from ._solver.splitting import (
-    ForwardBackward as ForwardBackward,
-    PeacemanRachford as PeacemanRachford,
-)
 from ._solver.steady_state import SteadyState as SteadyState
 from ._spectrum import (
     operator_norm as operator_norm,

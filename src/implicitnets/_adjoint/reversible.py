@@ -140,7 +140,7 @@ def _iterate_bwd(
     )
     inputs, probe = vjp_arg
     differentiated, fixed = eqx.partition(inputs, perturbed[0])
-    state = observed(SolveOutputs(*aux).state)
+    state = observed(SolveOutputs(*aux).state).kept
     grads, error = _run_backwards(state, ct_root, differentiated, fixed)
     failed = ~(error <= bound)
 

@@ -1,3 +1,16 @@
+"""The loop of every solver of ours, and what of its carry may change after the end.
+
+Under `vmap` the examples of a batch run in lockstep until all have finished. What is
+read of an example after its end must stay as it was then: it is *kept*, which costs a
+pass over it in every step. In a solver with a history that would be most of the time.
+What only the next step reads is *free* to go on changing, which costs nothing.
+
+A solver's state is a [`SolverState`][], which has a part of each kind. The base class
+of our solvers hands the verdict and the answer the kept part alone, so that neither can
+read what has changed since. A loop that is no Optimistix solver marks the free parts of
+its carry by [`Unfrozen`][].
+"""
+
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -11,16 +24,15 @@ from jaxtyping import Array, Bool, Int
 
 _Value = TypeVar("_Value")
 _Carry = TypeVar("_Carry")
+_Kept = TypeVar("_Kept")
+_Free = TypeVar("_Free")
 
 
 class Unfrozen(eqx.Module, Generic[_Value]):
     """Marks a part of a [`while_loop`][]'s carry as free to change after the end.
 
-    Under `vmap` the examples that have finished wait for the slowest, and every array
-    of their carry must be held still, which costs a pass over it in every step. That is
-    most of the time of a solver with a history. What nobody reads after the end can be
-    left to change instead: wrap it in `Unfrozen`. A counter wrapped so is also the same
-    for every example, so that a write at it is an in-place slice and not a scatter.
+    A counter that is marked is the same for every example of a batch, so that a write
+    at it is an in-place slice and not a scatter, and a branch on it stays a branch.
 
     **Arguments:**
 
@@ -28,6 +40,23 @@ class Unfrozen(eqx.Module, Generic[_Value]):
     """
 
     value: _Value
+
+
+class SolverState(eqx.Module, Generic[_Kept, _Free]):
+    """The state of every Optimistix solver of ours.
+
+    **Attributes:**
+
+    - `kept`: what is read after the end. It stays as it is once an example has
+        finished.
+    - `free`: what only the next step reads. It goes on changing.
+    - `num_steps`: the steps of the whole batch, the same for every example. It goes on
+        counting; an example counts its own steps in `kept`.
+    """
+
+    kept: _Kept
+    free: Unfrozen[_Free]
+    num_steps: Unfrozen[Int[Array, ""]]
 
 
 def _is_unfrozen(node: Any) -> bool:
@@ -43,8 +72,8 @@ def while_loop(
 ) -> _Carry:
     """As `jax.lax.while_loop`, at full speed under `vmap`.
 
-    The examples of a batch run in lockstep until all have finished; one that has
-    finished keeps its carry, but for what is wrapped in [`Unfrozen`][].
+    An example that has finished keeps its carry, except for what is wrapped in
+    [`Unfrozen`][].
 
     **Arguments:**
 

@@ -79,6 +79,8 @@ class GivensGMRES(AbstractMatrixFreeSolver):
     """
 
     _options: ClassVar[tuple[str, ...]] = ("preconditioner", "y0")
+    # That `num_steps` is the number of products.
+    counts_products: ClassVar[bool] = True
 
     rtol: ScalarLike
     atol: ScalarLike

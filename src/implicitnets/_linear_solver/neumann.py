@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.lax as lax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ class NeumannSeries(AbstractMatrixFreeSolver):
     - `num_terms`: how many terms. One term is $-\lambda b$.
     - `damping`: the weight of the identity; 0 for none.
     """
+
+    # That `num_steps` is the number of products.
+    counts_products: ClassVar[bool] = True
 
     num_terms: int = 5
     damping: ScalarLike = 0.0

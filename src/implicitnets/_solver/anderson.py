@@ -6,16 +6,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Float, Int, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
-from .._internal.checks import (
-    check_integer,
-    check_number,
-    check_options,
-    check_tolerances,
-)
+from .._internal.checks import check_integer, check_number, check_tolerances
 from .._internal.history import empty_history, history_combine, history_dot, history_set
-from .._internal.loop import materialise, Unfrozen
+from .._internal.loop import materialise
 from .._internal.pytree import (
     tree_cast_like,
     tree_dot,
@@ -23,6 +18,8 @@ from .._internal.pytree import (
     tree_reshape_like,
     working_dtype,
 )
+from .._internal.types import Stats
+from .abstract import AbstractSolver, Problem
 from .progress import Progress, start_progress
 
 
@@ -35,30 +32,13 @@ class _History(eqx.Module):
     projection: Float[Array, " history"]
 
 
-class _AndersonState(eqx.Module):
-    progress: Progress
-    num_steps: Unfrozen[Int[Array, ""]]
-    history: Unfrozen[_History]
-
-
 def solve_gram(
     gram: Float[Array, " n n"], vector: Float[Array, " n"], ridge: Scalar
 ) -> Float[Array, " n"]:
-    """Solve a small symmetric positive semidefinite system, never giving NaN.
-
-    Gauss-Jordan elimination of `(S G S + ridge I) S^-1 x = S v`, where `S` scales the
-    diagonal to one. An entry that depends on the others gets the coefficient zero.
-
-    **Arguments:**
-
-    - `gram`: the matrix; a zero row and column leaves its entry out.
-    - `vector`: the right-hand side.
-    - `ridge`: the regularisation, relative to the scaled diagonal.
-
-    **Returns:**
-
-    The solution.
-    """
+    """Solve a small symmetric positive semidefinite system, without ever giving NaN."""
+    # Gauss-Jordan elimination of `(S G S + ridge I) S^-1 x = S v`, where `S` scales the
+    # diagonal to one, so that the ridge is relative. An entry that depends on those
+    # before it, or whose row and column are zero, gets the coefficient zero.
     size = vector.shape[0]
     diagonal = jnp.diagonal(gram)
     scale = jnp.where(
@@ -87,11 +67,13 @@ def _subtract(x: PyTree[Array], y: PyTree[Array], dtype: Any) -> PyTree[Array]:
     return jtu.tree_map(lambda a, b: a.astype(dtype) - b, x, y)
 
 
-class AndersonAcceleration(optx.AbstractFixedPointSolver):
+class AndersonAcceleration(
+    AbstractSolver[Progress, _History], optx.AbstractFixedPointSolver
+):
     r"""Anderson acceleration of a fixed-point iteration, type II.
 
-    Combines the last evaluations so that the residual of a linear map would be least:
-    with the differences $\Delta f$ and $\Delta r$ between consecutive evaluations and
+    Combines the last evaluations so that the residual of a linear map would be least.
+    With the differences $\Delta f$ and $\Delta r$ between consecutive evaluations and
     residuals $r = f(z) - z$,
 
     $$\gamma = \operatorname{argmin} \lVert r_k - \Delta r \, \gamma \rVert, \qquad
@@ -99,8 +81,9 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
 
     (Walker and Ni, *Anderson Acceleration for Fixed-Point Iterations*, 2011, equation
     2.2.) One evaluation a step. Accelerates in the second step and then in every
-    `period`-th, the others being those of the plain iteration (Pratapa, Suryanarayana
-    and Pask, *Anderson acceleration of the Jacobi iterative method*, 2016).
+    `period`-th. The other steps are those of the plain iteration (Pratapa,
+    Suryanarayana and Pask, *Anderson acceleration of the Jacobi iterative method*,
+    2016).
 
     Stops when `norm(f(z) - z) <= atol + rtol * norm(f(z))`, and returns the iterate
     with the least residual of all that were evaluated. The statistics have `nfe`, the
@@ -115,17 +98,17 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
     - `rtol`: relative tolerance.
     - `atol`: absolute tolerance.
     - `norm`: the norm of the stopping rule; of the whole state, not element by element.
-    - `history_size`: how many differences are kept, at two states of memory each. More
-        converges in fewer steps, each of which costs more: worth it when evaluating the
-        map is expensive.
+    - `history_size`: how many differences are kept, at two states of memory each. A
+        longer history converges in fewer steps, each of which costs more. It pays when
+        evaluating the map is expensive.
     - `period`: how many steps from one acceleration to the next; 1 for the classical
-        method. On most maps 2 or 3 needs fewer evaluations, and it is less work a step.
+        method. On most maps 2 or 3 needs fewer evaluations, and costs less a step.
     - `ridge`: the regularisation of the least-squares problem, relative to the diagonal
-        of its Gram matrix after that is scaled to one (so to its trace over its size),
-        whence a problem scaled by any factor takes the same steps.
-    - `damping`: the weight of the states against that of their values, in every step,
-        accelerated or plain: 0 for none, negative to extrapolate. Other libraries'
-        `beta` is `1 - damping`.
+        of its Gram matrix, which is scaled to one. A problem scaled by any factor
+        therefore takes the same steps.
+    - `damping`: the weight of the state in every step, accelerated or plain; its value
+        has the weight `1 - damping`, which is called `beta` elsewhere. 0 is undamped, a
+        negative weight extrapolates.
     """
 
     rtol: ScalarLike
@@ -143,9 +126,8 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
         check_number(self, "ridge", lambda x: x > 0, "positive")
         check_number(self, "damping", lambda x: -1 <= x < 1, "in the interval [-1, 1)")
 
-    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, args, f_struct, aux_struct, tags
-        check_options(self, options)
+    def _start(self, problem: Problem, y: PyTree[Array]) -> tuple[Progress, _History]:
+        del problem
         m = self.history_size
         y = tree_ravel(y)
         dtype = working_dtype(y)
@@ -159,20 +141,21 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
             gram=jnp.zeros((m, m), dtype),
             projection=jnp.zeros(m, dtype),
         )
-        return _AndersonState(
-            progress=start_progress(y),
-            num_steps=Unfrozen(jnp.array(0)),
-            history=Unfrozen(history),
-        )
+        return start_progress(y), history
 
-    def step(self, fn, y, args, options, state, tags):
-        del options, tags
-        k = state.num_steps.value
-        f, aux = materialise(fn(y, args), k)
+    def _advance(
+        self,
+        problem: Problem,
+        y: PyTree[Array],
+        kept: Progress,
+        free: _History,
+        num_steps: Int[Array, ""],
+    ) -> tuple[PyTree[Array], Progress, _History, Any]:
+        f, aux = materialise(problem(y), num_steps)
         shaped = y
         f, y = tree_ravel(f), tree_ravel(y)
         residual = jtu.tree_map(jnp.subtract, f, y)
-        progress = state.progress.update(
+        progress = kept.update(
             y,
             f,
             residual,
@@ -180,27 +163,35 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
             atol=self.atol,
             norm=lambda x: self.norm(tree_reshape_like(x, shaped)),
         )
-        history = self._remember(state.history.value, k, f, residual)
+        history = self._remember(free, num_steps, f, residual)
         # The counter is the same for a whole batch, so this branches under `vmap` too.
         new_y = lax.cond(
-            (k - 1) % self.period == 0,
-            lambda: self._extrapolate(history, k),
+            (num_steps - 1) % self.period == 0,
+            lambda: self._extrapolate(history, num_steps),
             lambda: self._damp(f, residual),
         )
-        new_state = _AndersonState(
-            progress=progress, num_steps=Unfrozen(k + 1), history=Unfrozen(history)
-        )
-        return tree_reshape_like(new_y, shaped), new_state, aux
+        return tree_reshape_like(new_y, shaped), progress, history, aux
 
-    def _remember(self, history, k, f, residual):
-        slot = (k - 1) % self.history_size
+    def _remember(
+        self,
+        history: _History,
+        num_steps: Int[Array, ""],
+        f: PyTree[Array],
+        residual: PyTree[Array],
+    ) -> _History:
+        # In the first step this stores a difference to zero, in the last slot. It is
+        # overwritten before `_extrapolate` lets it take part.
+        slot = (num_steps - 1) % self.history_size
         f_difference = jtu.tree_map(jnp.subtract, f, history.f)
         residual_difference = jtu.tree_map(jnp.subtract, residual, history.residual)
         residual_differences = history_set(
             history.residual_differences, slot, residual_difference
         )
         projection = history_dot(residual_differences, residual)
-        # <dr_j, dr_new> from the projections of two steps: no second pass.
+        # The Gram matrix gets a row <dr_j, dr_new>. As `dr_new` is the difference of
+        # two residuals, that is the difference of two projections, and takes no second
+        # pass over the history. Where `dr_new` itself has just been written, the old
+        # projection is that of what was there before.
         row = projection - history.projection
         row = row.at[slot].set(tree_dot(residual_difference, residual_difference))
         return _History(
@@ -212,10 +203,12 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
             projection=projection,
         )
 
-    def _extrapolate(self, history, k):
+    def _extrapolate(
+        self, history: _History, num_steps: Int[Array, ""]
+    ) -> PyTree[Array]:
         f, residual = history.f, history.residual
         dtype = working_dtype(f)
-        stored = (jnp.arange(self.history_size) < k).astype(dtype)
+        stored = (jnp.arange(self.history_size) < num_steps).astype(dtype)
         gamma = solve_gram(
             history.gram * stored[:, None] * stored[None, :],
             history.projection * stored,
@@ -232,21 +225,22 @@ class AndersonAcceleration(optx.AbstractFixedPointSolver):
         return tree_cast_like(self._damp(combined_f, combined_residual), f)
 
     @property
-    def _is_undamped(self):
+    def _is_undamped(self) -> bool:
         return isinstance(self.damping, int | float) and self.damping == 0
 
-    def _damp(self, f, residual):
+    def _damp(self, f: PyTree[Array], residual: PyTree[Array]) -> PyTree[Array]:
         if self._is_undamped:
             return f
         return jtu.tree_map(
             lambda a, r: a - jnp.asarray(self.damping, a.dtype) * r, f, residual
         )
 
-    def terminate(self, fn, y, args, options, state, tags):
-        del fn, y, args, options, tags
-        return state.progress.verdict()
+    def _verdict(self, kept: Progress) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        return kept.verdict()
 
-    def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        del fn, args, options, tags, result
-        best_y = tree_reshape_like(state.progress.best_y, y)
-        return best_y, aux, {"nfe": state.progress.num_evaluations}
+    def _answer(
+        self, problem: Problem, y: PyTree[Array], aux: Any, kept: Progress
+    ) -> tuple[PyTree[Array], Any, Stats]:
+        del problem
+        best_y = tree_reshape_like(kept.best_y, y)
+        return best_y, aux, {"nfe": kept.num_evaluations}

@@ -9,15 +9,16 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
-from .._internal.checks import (
-    check_hyperparameter,
-    check_number,
-    check_options,
-    check_tolerances,
+from .._internal.checks import check_hyperparameter, check_number, check_tolerances
+from .._internal.pytree import (
+    tree_all_finite,
+    tree_cast_like,
+    tree_dot,
+    working_dtype,
 )
-from .._internal.loop import Unfrozen
-from .._internal.pytree import tree_all_finite, tree_dot, working_dtype
+from .._internal.types import Stats, Tags
 from .._linear_solver.gmres import GivensGMRES
+from .abstract import AbstractSolver, Problem
 from .progress import Progress, start_progress
 
 
@@ -34,7 +35,7 @@ _LEAST_SHRINKAGE = 0.5
 _MOST_SHRINKAGE = 0.1
 
 
-class _NewtonKrylovState(eqx.Module):
+class _Kept(eqx.Module):
     progress: Progress
     accepted_norm: Scalar
     step_size: Scalar
@@ -43,30 +44,35 @@ class _NewtonKrylovState(eqx.Module):
     linear_result: optx.RESULTS
     num_rejected_steps: Int[Array, ""]
     num_matvecs: Int[Array, ""]
-    accepted: Unfrozen[PyTree[Array]]
-    direction: Unfrozen[PyTree[Array]]
 
 
-class NewtonKrylov(optx.AbstractRootFinder):
+class _Free(eqx.Module):
+    accepted: PyTree[Array]
+    direction: PyTree[Array]
+
+
+class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     """Inexact Newton iteration with a Krylov method, globalised by backtracking.
 
     Every step linearises once, which also evaluates. If the residual has decreased
-    enough, the step is accepted and the linear system is solved for the next one: only
+    enough, the step is accepted and the linear system is solved for the next one, only
     as accurately as the residual's decrease so far makes worthwhile. Otherwise the step
     is shortened, to between a tenth and a half, where a parabola through the residual
-    norms has its least.
+    norms has its minimum.
 
     Stops when `norm(F(z)) <= atol + rtol * norm(F(z) + z)`, which for the root
     `F(z) = f(z) - z` of a fixed-point problem is the rule of
-    [`implicitnets.AndersonAcceleration`][]. Checked on an iterate that was evaluated,
-    and the best one is returned. A solve ends as unsuccessful if no step decreases the
-    residual any more: with the linear solver's result if that failed, else with
-    `stagnation`, or with `nonfinite` if the function's values there were.
+    [`implicitnets.AndersonAcceleration`][]. The rule is checked on an iterate that was
+    evaluated, and the best one is returned. A solve ends as unsuccessful if no step
+    decreases the residual any more: with the linear solver's result if that failed,
+    with `nonfinite` if the function's values there were not finite, otherwise with
+    `stagnation`.
 
     The statistics are `num_steps` (linearisations: the Newton steps, the shortened ones
     and the last check), `num_rejected_steps` (how many of them led to where the
-    residual had not decreased enough), `nfe` (evaluations, one a step), and for
-    `GivensGMRES` `num_matvecs` (products with the Jacobian).
+    residual had not decreased enough), `nfe` (evaluations, one a step), and, with a
+    linear solver that counts its products as [`implicitnets.GivensGMRES`][] does,
+    `num_matvecs` (products with the Jacobian).
 
     Eisenstat and Walker, *Choosing the Forcing Terms in an Inexact Newton Method*,
     1996: choice 2 with its safeguard, and algorithm INB. Kelley, *Solving Nonlinear
@@ -79,8 +85,8 @@ class NewtonKrylov(optx.AbstractRootFinder):
     - `atol`: absolute tolerance.
     - `norm`: the norm of the stopping rule. The line search uses the two-norm, which is
         what the linear solver decreases.
-    - `linear_solver`: any Lineax solver. Of a [`implicitnets.GivensGMRES`][] every step
-        sets the relative tolerance; any other is used as it is.
+    - `linear_solver`: any Lineax solver. If it has an `rtol`, every step sets that. Its
+        other fields are used as they are.
     - `forcing`: the first and the largest relative tolerance of a linear solve.
     """
 
@@ -100,17 +106,10 @@ class NewtonKrylov(optx.AbstractRootFinder):
         )
         check_number(self, "forcing", lambda x: 0 < x < 1, "in the interval (0, 1)")
 
-    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, args, aux_struct, tags
-        check_options(self, options)
-        if jax.eval_shape(lambda: y) != f_struct:
-            raise ValueError(
-                "`NewtonKrylov` is for functions whose value has the structure, shapes "
-                f"and dtypes of their argument; got {f_struct} for "
-                f"{jax.eval_shape(lambda: y)}."
-            )
+    def _start(self, problem: Problem, y: PyTree[Array]) -> tuple[_Kept, _Free]:
+        del problem
         dtype = working_dtype(y)
-        return _NewtonKrylovState(
+        kept = _Kept(
             progress=start_progress(y),
             accepted_norm=jnp.array(jnp.inf, dtype),
             step_size=jnp.array(1, dtype),
@@ -119,33 +118,45 @@ class NewtonKrylov(optx.AbstractRootFinder):
             linear_result=optx.RESULTS.successful,
             num_rejected_steps=jnp.array(0),
             num_matvecs=jnp.array(0),
-            accepted=Unfrozen(y),
-            direction=Unfrozen(jtu.tree_map(jnp.zeros_like, y)),
         )
+        return kept, _Free(accepted=y, direction=_zeros(y))
 
-    def step(self, fn, y, args, options, state, tags):
-        del options
-        residual, jacobian, aux = jax.linearize(lambda z: fn(z, args), y, has_aux=True)
+    def _advance(
+        self,
+        problem: Problem,
+        y: PyTree[Array],
+        kept: _Kept,
+        free: _Free,
+        num_steps: Int[Array, ""],
+    ) -> tuple[PyTree[Array], _Kept, _Free, Any]:
+        del num_steps
+
+        def evaluate(z):
+            residual, aux = problem(z)
+            return tree_cast_like(residual, z), aux
+
+        residual, jacobian, aux = jax.linearize(evaluate, y, has_aux=True)
         f = jtu.tree_map(jnp.add, y, residual)
-        progress = state.progress.update(
-            y, f, residual, rtol=self.rtol, atol=self.atol, norm=self.norm
-        )
+        progress = self._judge(kept.progress, y, f, residual)
         residual_norm = jnp.sqrt(tree_dot(residual, residual))
-        promised = state.step_size * (1 - state.forcing)
-        sufficient = (1 - _SUFFICIENT_DECREASE * promised) * state.accepted_norm
+        promised = kept.step_size * (1 - kept.forcing)
+        sufficient = (1 - _SUFFICIENT_DECREASE * promised) * kept.accepted_norm
         accept = progress.finite & (residual_norm <= sufficient)
 
-        # Who is done, and who has to try a shorter step, has nothing to solve, and is
-        # not to keep the rest of a batch waiting.
-        solve = accept & ~progress.converged & ~state.failed
-        forcing = self._next_forcing(state, progress, residual_norm)
+        # An example that is done, or has to try a shorter step, has nothing to solve.
+        # It gets the system of zeros, so that the rest of a batch need not wait for it.
+        solve = accept & ~progress.converged & ~kept.failed
+        forcing = self._next_forcing(kept, progress, residual_norm)
         solution, linear_result, num_matvecs = self._solve(
-            jacobian, _where(solve, _negative(residual), _zeros(y)), tags, forcing
+            jacobian,
+            _where(solve, _negative(residual), _zeros(y)),
+            problem.tags,
+            forcing,
         )
 
-        accepted = _where(accept, y, state.accepted.value)
-        direction = _where(accept, solution, state.direction.value)
-        shortened = state.step_size * self._shrinkage(state, progress, residual_norm)
+        accepted = _where(accept, y, free.accepted)
+        direction = _where(accept, solution, free.direction)
+        shortened = kept.step_size * self._shrinkage(kept, progress, residual_norm)
         step_size = jnp.where(accept, 1, shortened)
         dtype = step_size.dtype
         new_y = jtu.tree_map(
@@ -154,85 +165,94 @@ class NewtonKrylov(optx.AbstractRootFinder):
             direction,
         )
         usable = tree_all_finite(new_y) & ~_equal(new_y, accepted)
-        new_state = _NewtonKrylovState(
+        new_kept = _Kept(
             progress=progress,
-            accepted_norm=jnp.where(accept, residual_norm, state.accepted_norm),
+            accepted_norm=jnp.where(accept, residual_norm, kept.accepted_norm),
             step_size=step_size,
-            forcing=jnp.where(accept, forcing, state.forcing),
+            forcing=jnp.where(accept, forcing, kept.forcing),
             failed=~usable,
             linear_result=optx.RESULTS.where(
-                solve, optx.RESULTS.promote(linear_result), state.linear_result
+                solve, optx.RESULTS.promote(linear_result), kept.linear_result
             ),
-            num_rejected_steps=state.num_rejected_steps
+            num_rejected_steps=kept.num_rejected_steps
             + jnp.where(accept | progress.converged, 0, 1),
-            num_matvecs=state.num_matvecs + num_matvecs,
-            accepted=Unfrozen(accepted),
-            direction=Unfrozen(direction),
+            num_matvecs=kept.num_matvecs + num_matvecs,
         )
-        return _where(usable, new_y, accepted), new_state, aux
+        new_y = _where(usable, new_y, accepted)
+        return new_y, new_kept, _Free(accepted, direction), aux
 
-    def _next_forcing(self, state, progress, residual_norm):
+    def _next_forcing(
+        self, kept: _Kept, progress: Progress, residual_norm: Scalar
+    ) -> Scalar:
         dtype = residual_norm.dtype
         largest = jnp.asarray(self.forcing, dtype)
-        ratio = residual_norm / state.accepted_norm
+        ratio = residual_norm / kept.accepted_norm
         forcing = _FORCING_FACTOR * ratio**2
-        floor = _FORCING_FACTOR * state.forcing**2
+        floor = _FORCING_FACTOR * kept.forcing**2
         floor = jnp.where(floor > _FORCING_SAFEGUARD, floor, 0)
         forcing = jnp.maximum(forcing, floor)
         # No more accurate than the stopping rule asks for.
         tolerance = jnp.asarray(self.rtol, dtype) + jnp.asarray(self.atol, dtype)
         forcing = jnp.maximum(forcing, 0.5 * tolerance / progress.error)
-        is_first = jnp.isinf(state.accepted_norm)
+        is_first = jnp.isinf(kept.accepted_norm)
         return jnp.where(is_first, largest, jnp.minimum(forcing, largest))
 
-    def _solve(self, jacobian, vector, tags, forcing):
-        solver = self.linear_solver
-        sets_tolerance = isinstance(solver, GivensGMRES)
-        if sets_tolerance:
+    def _solve(
+        self, jacobian: Callable, vector: PyTree[Array], tags: Tags, forcing: Scalar
+    ) -> tuple[PyTree[Array], lx.RESULTS, Int[Array, ""] | int]:
+        solver: Any = self.linear_solver
+        if hasattr(solver, "rtol"):
             # Lineax solvers do not differentiate with respect to their fields.
             forcing = jax.lax.stop_gradient(forcing)
             solver = eqx.tree_at(lambda s: s.rtol, solver, forcing)
         structure = jax.eval_shape(lambda: vector)
         operator = lx.FunctionLinearOperator(jacobian, structure, tags)
         solution = lx.linear_solve(operator, vector, solver, throw=False)
-        num_matvecs = solution.stats["num_steps"] if sets_tolerance else 0
+        num_matvecs = solution.stats["num_steps"] if self._counts_products else 0
         return solution.value, solution.result, num_matvecs
 
-    def _shrinkage(self, state, progress, residual_norm):
-        # The least of the parabola with the squared norms at both ends of the step, and
-        # the slope at its start that an exact Newton direction has.
-        size = state.step_size
-        ratio = (residual_norm / state.accepted_norm) ** 2
+    @property
+    def _counts_products(self) -> bool:
+        return getattr(self.linear_solver, "counts_products", False)
+
+    def _shrinkage(
+        self, kept: _Kept, progress: Progress, residual_norm: Scalar
+    ) -> Scalar:
+        # The minimum of the parabola with the squared norms at both ends of the step,
+        # and the slope at its start that an exact Newton direction has.
+        size = kept.step_size
+        ratio = (residual_norm / kept.accepted_norm) ** 2
         shrinkage = size / (ratio - 1 + 2 * size)
         shrinkage = jnp.clip(shrinkage, _MOST_SHRINKAGE, _LEAST_SHRINKAGE)
         return jnp.where(progress.finite, shrinkage, _MOST_SHRINKAGE)
 
-    def terminate(self, fn, y, args, options, state, tags):
-        del fn, y, args, options, tags
-        converged = state.progress.converged & state.progress.finite
-        stagnation: Any = optx.RESULTS.stagnation  # typed as Lineax', whence it comes
+    def _verdict(self, kept: _Kept) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        converged = kept.progress.converged & kept.progress.finite
+        stagnation: Any = optx.RESULTS.stagnation  # Its type says that it is Lineax's.
         failure = optx.RESULTS.where(
-            state.linear_result == optx.RESULTS.successful,
+            kept.linear_result == optx.RESULTS.successful,
             stagnation,
-            state.linear_result,
+            kept.linear_result,
         )
         failure = optx.RESULTS.where(
-            state.progress.finite, failure, optx.RESULTS.nonfinite
+            kept.progress.finite, failure, optx.RESULTS.nonfinite
         )
         result = optx.RESULTS.where(
-            state.failed & ~converged, failure, optx.RESULTS.successful
+            kept.failed & ~converged, failure, optx.RESULTS.successful
         )
         return converged, result
 
-    def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        del fn, y, args, options, tags, result
+    def _answer(
+        self, problem: Problem, y: PyTree[Array], aux: Any, kept: _Kept
+    ) -> tuple[PyTree[Array], Any, Stats]:
+        del problem, y
         stats = {
-            "nfe": state.progress.num_evaluations,
-            "num_rejected_steps": state.num_rejected_steps,
+            "nfe": kept.progress.num_evaluations,
+            "num_rejected_steps": kept.num_rejected_steps,
         }
-        if isinstance(self.linear_solver, GivensGMRES):
-            stats["num_matvecs"] = state.num_matvecs
-        return state.progress.best_y, aux, stats
+        if self._counts_products:
+            stats["num_matvecs"] = kept.num_matvecs
+        return kept.progress.best_y, aux, stats
 
 
 def _where(pred: Bool[Array, ""], x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:

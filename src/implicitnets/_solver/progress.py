@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -123,21 +123,30 @@ class Progress(eqx.Module, Generic[_Y]):
             num_evaluations=self.num_evaluations + 1,
         )
 
-    def verdict(self) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    def verdict(
+        self, stuck: Bool[Array, ""] | bool = False
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """Whether to stop, and why: as `terminate` of an Optimistix solver returns it.
+
+        **Arguments:**
+
+        - `stuck`: whether the solver has no way to go on.
 
         **Returns:**
 
-        A pair: true once the rule holds; `nonfinite`, `nonlinear_divergence` (either of
-        which ends the solve) or `successful`.
+        A pair: true once the rule holds; `nonfinite`, `nonlinear_divergence` or
+        `stagnation` (each of which ends the solve), or `successful`.
         """
+        converged = self.converged & self.finite
+        stagnation: Any = optx.RESULTS.stagnation  # Its type says that it is Lineax's.
         result = optx.RESULTS.where(
-            self.diverged,
-            optx.RESULTS.nonlinear_divergence,
-            optx.RESULTS.successful,
+            stuck & ~converged, stagnation, optx.RESULTS.successful
+        )
+        result = optx.RESULTS.where(
+            self.diverged, optx.RESULTS.nonlinear_divergence, result
         )
         result = optx.RESULTS.where(self.finite, result, optx.RESULTS.nonfinite)
-        return self.converged & self.finite, result
+        return converged, result
 
 
 def start_progress(y: _Y) -> Progress[_Y]:

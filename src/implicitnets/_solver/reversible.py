@@ -1,13 +1,16 @@
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
-from .._internal.checks import check_number, check_options, check_tolerances
+from .._internal.checks import check_number, check_tolerances
 from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
+from .._internal.types import Stats
+from .abstract import AbstractSolver, Problem
 from .progress import Progress, start_progress
 
 
@@ -19,24 +22,24 @@ class Pair(eqx.Module):
 
 
 class ReversibleState(eqx.Module):
-    """The state of a [`ReversibleFixedPoint`][] solve.
+    """What is kept of a [`ReversibleFixedPoint`][] solve.
 
     **Attributes:**
 
-    - `pair`: where the solve is.
     - `progress`: its best iterate is the pair whose `y` has the least residual.
     - `num_best_steps`: after how many steps that was.
     """
 
-    pair: Pair
     progress: Progress
     num_best_steps: Int[Array, ""]
 
 
-class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
+class ReversibleFixedPoint(
+    AbstractSolver[ReversibleState, Pair], optx.AbstractFixedPointSolver
+):
     r"""A damped fixed-point iteration that can be run backwards.
 
-    Two sequences that take turns, with $d$ the damping:
+    Two sequences, each of which evaluates at the other, with $d$ the damping:
 
     $$y_{n+1} = d \, y_n + (1 - d) \, f(z_n), \qquad
     z_{n+1} = d \, z_n + (1 - d) \, f(y_{n+1}).$$
@@ -44,7 +47,7 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
     Each line can be solved for its old state, so that
     [`implicitnets.ReversibleAdjoint`][] differentiates the iteration without having
     stored any of it (*Reversible Deep Equilibrium Models*, arXiv:2509.12917, section 3,
-    where $\beta = 1 - d$). Two evaluations a step. Works with the other adjoints, too.
+    where $\beta = 1 - d$). Two evaluations a step. Works with every other adjoint too.
 
     Stops when `norm(f(y) - y) <= atol + rtol * norm(f(y))`, and returns the iterate
     with the least residual of all the `y` that were evaluated. The statistics have
@@ -71,43 +74,39 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
         check_tolerances(self)
         check_number(self, "damping", lambda x: 0 < x < 1, "in the interval (0, 1)")
 
-    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, args, f_struct, aux_struct, tags
-        check_options(self, options)
+    def _start(
+        self, problem: Problem, y: PyTree[Array]
+    ) -> tuple[ReversibleState, Pair]:
+        del problem
         pair = start_pair(y)
-        return ReversibleState(
-            pair=pair, progress=start_progress(pair), num_best_steps=jnp.array(0)
-        )
+        return ReversibleState(start_progress(pair), jnp.array(0)), pair
 
-    def step(self, fn, y, args, options, state, tags):
-        del options, tags
-        old = state.pair
+    def _advance(
+        self,
+        problem: Problem,
+        y: PyTree[Array],
+        kept: ReversibleState,
+        free: Pair,
+        num_steps: Int[Array, ""],
+    ) -> tuple[PyTree[Array], ReversibleState, Pair, Any]:
+        del num_steps
 
         def evaluate(x):
             # Rounded to the dtypes of the state where that is a narrower one.
-            f, aux = fn(tree_cast_like(x, y), args)
+            f, aux = problem(tree_cast_like(x, y))
             return tree_cast_like(f, x), aux
 
-        new_y = self.mix(old.y, evaluate(old.z)[0])
+        new_y = self.mix(free.y, evaluate(free.z)[0])
         f, aux = evaluate(new_y)
-        pair = Pair(y=new_y, z=self.mix(old.z, f))
-        progress = state.progress.update(
-            pair,
-            f,
-            jtu.tree_map(jnp.subtract, f, new_y),
-            rtol=self.rtol,
-            atol=self.atol,
-            norm=self.norm,
+        pair = Pair(y=new_y, z=self.mix(free.z, f))
+        residual = jtu.tree_map(jnp.subtract, f, new_y)
+        progress = self._judge(kept.progress, pair, f, residual)
+        improved = progress.best_error < kept.progress.best_error
+        num_best_steps = jnp.where(
+            improved, progress.num_evaluations, kept.num_best_steps
         )
-        improved = progress.best_error < state.progress.best_error
-        new_state = ReversibleState(
-            pair=pair,
-            progress=progress,
-            num_best_steps=jnp.where(
-                improved, progress.num_evaluations, state.num_best_steps
-            ),
-        )
-        return tree_cast_like(new_y, y), new_state, aux
+        new_kept = ReversibleState(progress, num_best_steps)
+        return tree_cast_like(new_y, y), new_kept, pair, aux
 
     def mix(self, old: PyTree[Array], f: PyTree[Array]) -> PyTree[Array]:
         """Half a step: the new state from an old one and the value at the other.
@@ -147,14 +146,15 @@ class ReversibleFixedPoint(optx.AbstractFixedPointSolver):
 
         return jtu.tree_map(leaf, new, f)
 
-    def terminate(self, fn, y, args, options, state, tags):
-        del fn, y, args, options, tags
-        return state.progress.verdict()
+    def _verdict(self, kept: ReversibleState) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        return kept.progress.verdict()
 
-    def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        del fn, args, options, tags, result
-        best_y = tree_cast_like(state.progress.best_y.y, y)
-        return best_y, aux, {"nfe": 2 * state.progress.num_evaluations}
+    def _answer(
+        self, problem: Problem, y: PyTree[Array], aux: Any, kept: ReversibleState
+    ) -> tuple[PyTree[Array], Any, Stats]:
+        del problem
+        best_y = tree_cast_like(kept.progress.best_y.y, y)
+        return best_y, aux, {"nfe": 2 * kept.progress.num_evaluations}
 
 
 def start_pair(y: PyTree[Array]) -> Pair:

@@ -2,7 +2,7 @@ from .._internal.parametrise import (
     AbstractParametrisation as AbstractParametrisation,
     resolve as resolve,
 )
-from .._solver.splitting import AbstractMonotoneCell as AbstractMonotoneCell
+from .._solver.monotone import AbstractMonotoneCell as AbstractMonotoneCell
 from ._dropout import VariationalDropout as VariationalDropout
 from ._infinity_norm import (
     infinity_norm as infinity_norm,

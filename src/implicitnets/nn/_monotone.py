@@ -15,7 +15,7 @@ from .._internal.checks import check_argument
 from .._internal.parametrise import AbstractParametrisation, resolve
 from .._internal.pytree import working_dtype
 from .._linear_solver.gmres import GivensGMRES
-from .._solver.splitting import AbstractMonotoneCell
+from .._solver.monotone import AbstractMonotoneCell
 
 
 class _MonotoneMatrix(AbstractParametrisation):

@@ -88,7 +88,7 @@ def test_an_inverse_that_is_not_finite_is_no_success():
     struct = jax.eval_shape(lambda: z)
     state = solver.init(lambda z, _: z, z, None, {}, struct, None, frozenset())
     broken = eqx.tree_at(
-        lambda s: s.memory.value.matrix, state, jnp.full((2, 2), jnp.nan)
+        lambda s: s.kept.updates.value.matrix, state, jnp.full((2, 2), jnp.nan)
     )
     operator = lx.IdentityLinearOperator(struct)
     for final_state, successful in ((state, True), (broken, False)):

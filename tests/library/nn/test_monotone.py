@@ -10,8 +10,7 @@ import optimistix as optx
 import pytest
 
 import implicitnets as inn
-from implicitnets import nn
-from implicitnets._solver.splitting import ForwardBackward, PeacemanRachford
+from implicitnets import ForwardBackward, nn, PeacemanRachford
 
 from ..helpers import (
     dense_cell,

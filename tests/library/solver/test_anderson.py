@@ -107,7 +107,8 @@ def test_damping(damping):
     sol = solve(linear_map, solver, jnp.zeros(20), args)
     assert sol.result == optx.RESULTS.successful
     # The first step has no history yet: it is the damped plain one.
-    state = solver.init(linear_map, jnp.zeros(20), args, {}, None, None, frozenset())
+    z0 = jnp.zeros(20)
+    state = solver.init(linear_map, z0, args, {}, z0, None, frozenset())
     first, *_ = solver.step(
         lambda z, args: (linear_map(z, args), None),
         jnp.zeros(20),

@@ -31,7 +31,7 @@ def trajectory(fn, solver, z, args, *, num_steps):
     def step(carry, _):
         z, state = carry
         new_z, state, _ = solver.step(root_fn, z, args, {}, state, frozenset())
-        return (new_z, state), (z, state.progress.best_y)
+        return (new_z, state), (z, state.kept.progress.best_y)
 
     struct = jax.eval_shape(lambda: z)
     state = solver.init(root_fn, z, args, {}, struct, None, frozenset())

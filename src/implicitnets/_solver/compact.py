@@ -1,0 +1,184 @@
+"""An inverse Jacobian made of rank-one updates, in compact representation.
+
+Byrd, Nocedal and Schnabel, *Representations of Quasi-Newton Matrices and Their Use in
+Limited Memory Methods*, 1994.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from .._internal.history import (
+    history_combine,
+    history_dot,
+    history_get,
+    history_set,
+)
+
+
+# Below this a pivot, relative to the lengths of its step and residual change, is zero.
+_MIN_PIVOT = 1e-3
+
+
+class Secant(eqx.Module):
+    """A step `s`, the change `y` of the residual over it, and the update they make.
+
+    **Attributes:**
+
+    - `step`, `change`: `s` and `y`.
+    - `step_scale`, `change_scale`: one over their lengths.
+    - `usable`: whether there is an update.
+    - `good`: whether it is Broyden's good update.
+    """
+
+    step: PyTree[Array]
+    change: PyTree[Array]
+    step_scale: Scalar
+    change_scale: Scalar
+    usable: Bool[Array, ""]
+    good: Bool[Array, ""]
+
+
+class Updates(eqx.Module):
+    """The updates that an inverse Jacobian is made of: `-I + W^T A^-1 Q`.
+
+    Every update has a row `(s + y) / |y|` in `W`, and in `Q` a row `y / |y|` (bad
+    update) or `s / |s|` (good update). With the rows `y / |y|` of `Y`, the matrix `A`
+    is `Q Y^T` on and above the diagonal. Below the diagonal it is zero in the row of a
+    bad update, and `Q W^T` in the row of a good one.
+
+    **Attributes:**
+
+    - `q`, `w`: ring buffers.
+    - `matrix`: `A`, in the order of the updates.
+    """
+
+    q: PyTree[Array]
+    w: PyTree[Array]
+    matrix: Float[Array, " history history"]
+
+    def remember(
+        self, secant: Secant, slot: Int[Array, ""], frozen: Bool[Array, ""]
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """The histories with the rows of a secant; as they are where `frozen`."""
+
+        def make_q(s, y):
+            return jnp.where(
+                secant.good, secant.step_scale * s, secant.change_scale * y
+            )
+
+        def make_w(s, y):
+            return secant.change_scale * (s + y)
+
+        def write(history, make):
+            # A frozen row is written again. That costs next to nothing, where a select
+            # of the whole history would cost more than the step. What is not usable
+            # is stored as zeros, which take no part in anything, so that the slot
+            # stays the same for a whole batch.
+            old = history_get(history, slot, secant.change)
+            new = jtu.tree_map(make, secant.step, secant.change)
+            row = jtu.tree_map(
+                lambda n, o: jnp.where(frozen, o, jnp.where(secant.usable, n, 0)),
+                new,
+                old,
+            )
+            return history_set(history, slot, row)
+
+        return write(self.q, make_q), write(self.w, make_w)
+
+    def inverse(self, num_updates: Int[Array, ""]) -> "InverseJacobian":
+        """The inverse Jacobian after this many updates, those dropped included."""
+        size = self.matrix.shape[0]
+        identity = jnp.eye(size, dtype=self.matrix.dtype)
+        core = jax.vmap(solve, in_axes=(None, 1), out_axes=1)(self.matrix, identity)
+        finite = jnp.all(jnp.isfinite(self.matrix)) & jnp.all(jnp.isfinite(core))
+        core = jnp.where(finite, core, 0)
+        # From the order of the updates to that of the ring buffers.
+        shift = num_updates % size
+        core = jnp.roll(jnp.roll(core, shift, axis=0), shift, axis=1)
+        return InverseJacobian(q=self.q, w=self.w, core=core, finite=finite)
+
+
+class InverseJacobian(eqx.Module):
+    """The estimate of an inverse Jacobian that a solve ends with, `-I + W^T C Q`.
+
+    **Attributes:**
+
+    - `q`, `w`: histories.
+    - `core`: the matrix between them.
+    - `finite`: whether there is such a matrix. One that was not finite is replaced by
+        zero, which leaves `-I`.
+    """
+
+    q: PyTree[Array]
+    w: PyTree[Array]
+    core: Float[Array, " history history"]
+    finite: Bool[Array, ""]
+
+    def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
+        """The product with a vector, of the structure and dtypes of that."""
+        weights = matvec(self.core, history_dot(self.q, vector))
+        correction = history_combine(weights, self.w, vector)
+        return jtu.tree_map(
+            lambda x, c: (c - x.astype(c.dtype)).astype(x.dtype), vector, correction
+        )
+
+    def transpose(self) -> "InverseJacobian":
+        """The transpose, at no cost."""
+        return InverseJacobian(q=self.w, w=self.q, core=self.core.T, finite=self.finite)
+
+
+def shift(values: Array, newest: Array) -> Array:
+    """Drop the oldest entry and append one."""
+    return jnp.concatenate([values[1:], newest[None]])
+
+
+def border(
+    matrix: Float[Array, " n n"], row: Float[Array, " n"], column: Float[Array, " n"]
+) -> Float[Array, " n n"]:
+    """Drop the oldest row and column and append new ones, `column` with the corner."""
+    matrix = jnp.concatenate([matrix[1:, 1:], row[None, :-1]])
+    return jnp.concatenate([matrix, column[:, None]], axis=1)
+
+
+def border_inverse(
+    inverse: Float[Array, " n n"], column: Float[Array, " n"], usable: Bool[Array, ""]
+) -> Float[Array, " n n"]:
+    """The inverse of a matrix after `border`, if that is unit upper triangular."""
+    # What is left of the inverse when the oldest update is dropped is the inverse of
+    # what is left of the matrix. So the inverse is never computed from scratch.
+    zeros = jnp.zeros_like(column)
+    inverse_column = -matvec(border(inverse, zeros, zeros), column)
+    inverse_column = inverse_column.at[-1].set(jnp.where(usable, 1, 0))
+    return border(inverse, zeros, inverse_column)
+
+
+def matvec(
+    matrix: Float[Array, " n n"], vector: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    # Multiply and sum, which XLA fuses with what is around it: on CPU a step of a batch
+    # takes as long with `dot` for a matrix as small as this. The long rows of a history
+    # are another matter, see `history_dot`.
+    return jnp.sum(matrix * vector[None, :], axis=1)
+
+
+def solve(
+    matrix: Float[Array, " n n"], vector: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """Gauss-Jordan elimination in the order of the updates."""
+    # A pivot is the denominator of an update, given the updates before it. Where it
+    # vanishes the update would make the Jacobian singular, and is left out.
+    size = vector.shape[0]
+    index = jnp.arange(size)
+
+    def eliminate(i, system):
+        pivot = system[i, i]
+        usable = jnp.abs(pivot) > _MIN_PIVOT
+        row = jnp.where(usable, system[i] / jnp.where(usable, pivot, 1), 0)
+        rest = system - system[:, i, None] * row[None, :]
+        return jnp.where((index == i)[:, None], row[None, :], rest)
+
+    system = jnp.concatenate([matrix, vector[:, None]], axis=1)
+    return jax.lax.fori_loop(0, size, eliminate, system)[:, -1]

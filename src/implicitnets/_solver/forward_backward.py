@@ -1,0 +1,113 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
+
+from .._internal.checks import check_number, check_tolerances
+from .._internal.convolution import fast_convolutions
+from .._internal.loop import materialise
+from .._internal.pytree import working_dtype
+from .._internal.types import Stats
+from .abstract import AbstractSolver, Problem
+from .monotone import cell_and_input, combine, part_norms
+from .progress import Progress, start_progress
+
+
+class _Prepared(eqx.Module):
+    step_size: Scalar
+    injected: PyTree[Array]
+
+
+class ForwardBackward(
+    AbstractSolver[Progress, _Prepared], optx.AbstractFixedPointSolver
+):
+    r"""Forward-backward splitting, for monotone cells: damping that always converges.
+
+    $$z_{k+1} = \operatorname{prox}_{\alpha\varphi}
+    (z_k + \alpha (W z_k + u(x) - z_k)).$$
+
+    One evaluation a step. Converges for every input if the step size is below twice
+    $\beta$, the cocoercivity of $I - W$. The more anisotropic $I - W$ is, the slower.
+    [`implicitnets.PeacemanRachford`][] then takes fewer steps.
+
+    Stops when `norm(f(z) - z) <= atol + rtol * norm(f(z))`, and returns the iterate
+    with the least residual of all that were evaluated. The statistics have `nfe`, the
+    number of evaluations.
+
+    For [`implicitnets.nn.AbstractMonotoneCell`][]s only. An equilibrium layer tells it
+    the cell. In a solve without a layer, `args` must be `(cell, x)`:
+
+    ```python
+    optx.fixed_point(lambda z, args: args[0](z, args[1]), solver, z0, (cell, x))
+    ```
+
+    Winston and Kolter, *Monotone Operator Equilibrium Networks*, 2020, algorithm 1.
+
+    **Arguments:**
+
+    - `rtol`: relative tolerance.
+    - `atol`: absolute tolerance.
+    - `norm`: the norm of the stopping rule.
+    - `step_size`: $\alpha$; `None` for a lower bound of $\beta$, estimated once a
+        solve: $1 / (\lVert S \rVert + \lVert K \rVert^2 / m)$ with the symmetric part
+        $S$ and the skew part $K$ of $I - W$. It costs 64 products with $W$ or its
+        transpose, once for a whole batch.
+    """
+
+    rtol: ScalarLike
+    atol: ScalarLike
+    norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
+    step_size: ScalarLike | None = None
+
+    def __check_init__(self):
+        check_tolerances(self)
+        check_number(self, "step_size", lambda x: x > 0, "positive")
+
+    def _start(self, problem: Problem, y: PyTree[Array]) -> tuple[Progress, _Prepared]:
+        cell, x = cell_and_input(self, problem.args)
+        if self.step_size is None:
+            symmetric, skew = part_norms(cell, y)
+            step_size = 1 / (symmetric + skew**2 / cell.margin)
+        else:
+            step_size = self.step_size
+        prepared = _Prepared(
+            step_size=jnp.asarray(step_size, working_dtype(y)),
+            injected=fast_convolutions(cell.inject)(x),
+        )
+        return start_progress(y), prepared
+
+    def _advance(
+        self,
+        problem: Problem,
+        y: PyTree[Array],
+        kept: Progress,
+        free: _Prepared,
+        num_steps: Int[Array, ""],
+    ) -> tuple[PyTree[Array], Progress, _Prepared, Any]:
+        cell, _ = cell_and_input(self, problem.args)
+        # Both the evaluation and the step are proximal operators of what comes from
+        # `W z + u(x)`, which is computed once. The function itself is called for its
+        # auxiliary output only; XLA removes the computation of its value.
+        linear = fast_convolutions(cell.linear)(y)
+        inner = materialise(jtu.tree_map(jnp.add, linear, free.injected), num_steps)
+        f, (_, aux) = cell.proximal(inner, 1), problem(y)
+        residual = jtu.tree_map(jnp.subtract, f, y)
+        progress = self._judge(kept, y, f, residual)
+        step_size = free.step_size
+        new_y = cell.proximal(
+            combine(lambda z, v: z + step_size * (v - z), y, inner), step_size
+        )
+        return new_y, progress, free, aux
+
+    def _verdict(self, kept: Progress) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        return kept.verdict()
+
+    def _answer(
+        self, problem: Problem, y: PyTree[Array], aux: Any, kept: Progress
+    ) -> tuple[PyTree[Array], Any, Stats]:
+        del problem, y
+        return kept.best_y, aux, {"nfe": kept.num_evaluations}
