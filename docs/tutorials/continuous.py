@@ -208,18 +208,18 @@ class Counted(eqx.Module):
     cell: Cell
 
     def __call__(self, z, x):
-        jax.debug.callback(lambda: evaluations.append(1))
+        jax.debug.callback(lambda: calls.append(1))
         return self.cell(z, x)
 
 
-evaluations = []
+calls = []
 
 
 def num_evaluations(function, *args):
-    evaluations.clear()
+    calls.clear()
     out = jax.block_until_ready(eqx.filter_jit(function)(*args))
     jax.effects_barrier()
-    return len(evaluations), out
+    return len(calls), out
 
 
 def loss(layer_and_probe):

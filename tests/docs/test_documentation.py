@@ -1,6 +1,7 @@
 import inspect
 import pathlib
 import re
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,11 @@ def test_code_for_users_of_other_libraries_runs():
     }
     for code in ours:
         exec(code, names)
+
+
+def test_the_readme_has_the_headline_of_the_report():
+    front_page = runpy.run_path(str(ROOT / "docs" / "front_page.py"))
+    assert front_page["headline"]() in (ROOT / "README.md").read_text()
 
 
 def test_every_public_name_has_its_place_in_the_reference():
