@@ -83,6 +83,7 @@ def make_problem(
     rtol: float,
     rng: np.random.Generator,
 ) -> Problem:
+    """A problem in float32, whose cotangent is random."""
     cotangent = rng.standard_normal(inputs.shape)
     single = {key: np.asarray(value, np.float32) for key, value in weights.items()}
     return Problem(
@@ -122,18 +123,13 @@ def conv_tanh(
     return make_problem(name, "conv", {"kernel": kernel}, inputs, 1e-4, rng)
 
 
-def linear(
-    rho: float, *, symmetric: bool = True, size: int = 50, batch: int = 1
-) -> Problem:
-    """LIN(rho): `A z + b` with a random `A` of a given spectral radius, to `1e-6`."""
+def linear(rho: float, size: int = 50, batch: int = 1) -> Problem:
+    """LIN(rho): `A z + b` with a random symmetric `A`, to `1e-6`."""
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((size, size))
-    if symmetric:
-        matrix = matrix + matrix.T
-    matrix = _with_spectral_radius(matrix, rho)
+    matrix = _with_spectral_radius(matrix + matrix.T, rho)
     inputs = rng.standard_normal((batch, size))
-    name = f"LIN({rho})" if symmetric else f"LIN({rho}), nonsymmetric"
-    return make_problem(name, "linear", {"matrix": matrix}, inputs, 1e-6, rng)
+    return make_problem(f"LIN({rho})", "linear", {"matrix": matrix}, inputs, 1e-6, rng)
 
 
 def resnet(

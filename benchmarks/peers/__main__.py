@@ -36,7 +36,7 @@ from ..kit.timing import (
 )
 from ..training.problems import PROBLEMS
 from .client import Client
-from .worker import LIBRARIES
+from .libraries import LIBRARIES
 
 
 WORKER = ("-m", "benchmarks.peers.worker")

@@ -193,6 +193,13 @@ SECTIONS = (
                 BACKWARD,
                 "ms",
             ),
+            Exhibit(
+                "linear_solver_rows",
+                "Every row: Jacobian products (the most of an example), the error of "
+                "the gradient, at a loss of 1 and of 1e-8, and memory",
+                every,
+                folded=True,
+            ),
         ),
         minutes=3.0,
         options=(

@@ -66,8 +66,9 @@ def test_memory_of_a_gradient_does_not_grow_with_the_steps():
     anderson = inn.AndersonAcceleration(0.0, 0.0)
     implicit = [taken(anderson, inn.ImplicitAdjoint(), n) for n in (5, 100)]
     assert implicit[0] == implicit[1]
-    unrolled = [taken(anderson, optx.RecursiveCheckpointAdjoint(), n) for n in (5, 100)]
-    assert unrolled[1] > 1.5 * unrolled[0]
+    picard = optx.FixedPointIteration(0.0, 0.0)
+    unrolled = [taken(picard, optx.RecursiveCheckpointAdjoint(), n) for n in (5, 100)]
+    assert unrolled[1] > 1.2 * unrolled[0]
 
 
 def test_warm_start_saves_evaluations():
