@@ -119,7 +119,8 @@ def make_layer(
         raise OptionError("--adjoint shine goes with --solver broyden.")
     if options.adjoint == "unrolled" and options.max_steps_delta > 0:
         raise OptionError("--adjoint unrolled needs one number of steps.")
-    if options.start != "model" and getattr(layer, "init", None) is not None:
+    starts = (getattr(layer, name, None) for name in ("init", "zero_state"))
+    if options.start != "model" and any(start is not None for start in starts):
         raise OptionError("The model has a start of its own: take --start model.")
     if options.start == "injection":
         layer = inn.DeepEquilibriumNetwork(layer.cell, init=_identity)

@@ -44,7 +44,7 @@ labels = jnp.asarray(labels)
 #
 # A cell takes one example; `jax.vmap` makes batches. Make it an `eqx.Module` to train
 # its parameters. The solve starts at zeros like `x`. If the state has another shape,
-# `init` says where the solve starts.
+# `zero_state` makes the zeros.
 
 
 # %%
@@ -67,7 +67,7 @@ def solve(deq, x):
 
 
 cell = Cell(64, 32, key=jr.key(0))
-deq = inn.DeepEquilibriumNetwork(cell, init=lambda x: jnp.zeros(32))
+deq = inn.DeepEquilibriumNetwork(cell, zero_state=lambda x: jnp.zeros(32))
 solution = solve(deq, images[0])
 print(f"state: {solution.z_star.shape}")
 print(f"successful: {bool(solution.result == optx.RESULTS.successful)}")
@@ -105,7 +105,7 @@ class TwoLayers(eqx.Module):
 two_layers = inn.DeepEquilibriumNetwork(
     TwoLayers(0.1 * jr.normal(jr.key(0), (64, 16))),
     inn.AndersonAcceleration(rtol=1e-6, atol=0.0),
-    init=lambda x: (jnp.zeros(64), jnp.zeros(16)),
+    zero_state=lambda x: (jnp.zeros(64), jnp.zeros(16)),
 )
 
 
@@ -281,7 +281,7 @@ class GraphClassifier(eqx.Module):
         cell = GraphCell(eqx.nn.Linear(64, 64, key=keys[1]))
         self.deq = inn.DeepEquilibriumNetwork(
             inn.nn.infinity_norm(cell, bound=0.95),
-            init=lambda x: jnp.zeros_like(x["features"]),
+            zero_state=lambda x: jnp.zeros_like(x["features"]),
         )
         self.head = eqx.nn.Linear(64, 10, key=keys[2])
 

@@ -127,7 +127,7 @@ print(f"evaluations: {solution.stats['nfe']}")
 
 # %%
 class Classifier(eqx.Module):
-    deq: inn.MultiScaleDeepEquilibriumNetwork
+    deq: inn.DeepEquilibriumNetwork
     heads: list[eqx.nn.Linear]
 
     def __init__(self, key):

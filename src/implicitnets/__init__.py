@@ -38,13 +38,10 @@ from ._linear_solver.neumann import NeumannSeries as NeumannSeries
 from ._multiscale import (
     MultiScaleCell as MultiScaleCell,
     MultiScaleDeepEquilibriumNetwork as MultiScaleDeepEquilibriumNetwork,
+    MultiScaleNeuralODE as MultiScaleNeuralODE,
     SkipMultiScaleDeepEquilibriumNetwork as SkipMultiScaleDeepEquilibriumNetwork,
 )
-from ._neural_ode import (
-    AbstractNeuralODE as AbstractNeuralODE,
-    MultiScaleNeuralODE as MultiScaleNeuralODE,
-    NeuralODE as NeuralODE,
-)
+from ._neural_ode import NeuralODE as NeuralODE
 from ._regularise import (
     growing_weight as growing_weight,
     jacobian_penalty as jacobian_penalty,

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from ._adjoint.phantom import PhantomAdjoint
 from ._deq import AbstractDeepEquilibriumNetwork
@@ -18,23 +18,31 @@ from ._solution import EquilibriumSolution
 _Target = TypeVar("_Target")
 
 
+# A solve's length is not known beforehand, so there is room for twice as many iterates
+# as are wanted. Whenever it is full every second one is dropped, and from then on half
+# as many are kept.
 class _EvenSamples(AbstractObserver):
-    """Iterates evenly spaced over a solve whose length is not known beforehand.
-
-    There is room for twice as many as are wanted. When it is full every second one is
-    dropped, and from then on half as many are kept.
-    """
+    """Iterates evenly spaced over a solve."""
 
     number: int
 
-    def init(self, y, args, stats):
+    def init(
+        self, y: PyTree[Array], args: Any, stats: dict[str, Any]
+    ) -> tuple[PyTree[Array], Int[Array, ""], Int[Array, ""]]:
         del args, stats
         rows = jtu.tree_map(
             lambda leaf: jnp.broadcast_to(leaf, (2 * self.number, *leaf.shape)), y
         )
         return rows, jnp.array(1), jnp.array(0)
 
-    def update(self, notes, num_steps, y, args, stats):
+    def update(
+        self,
+        notes: tuple[PyTree[Array], Int[Array, ""], Int[Array, ""]],
+        num_steps: Int[Array, ""],
+        y: PyTree[Array],
+        args: Any,
+        stats: dict[str, Any],
+    ) -> tuple[PyTree[Array], Int[Array, ""], Int[Array, ""]]:
         del args, stats
         rows, stride, _ = notes
         full = num_steps == 2 * self.number * stride + stride
@@ -55,7 +63,12 @@ class _EvenSamples(AbstractObserver):
 
         return jtu.tree_map(keep, rows, y), stride, num_steps
 
-    def read(self, notes, z_star):
+    def read(
+        self,
+        notes: tuple[PyTree[Array], Int[Array, ""], Int[Array, ""]],
+        z_star: PyTree[Array],
+    ) -> list[PyTree[Array]]:
+        """All but the last of the samples."""
         del z_star
         rows, stride, num_steps = notes
         wanted = jnp.arange(1, self.number) * num_steps / (self.number * stride)
@@ -68,13 +81,24 @@ class _EvenSamples(AbstractObserver):
 
 
 class _GivenSamples(AbstractObserver):
+    """Iterates after given steps."""
+
     steps: tuple[int, ...]
 
-    def init(self, y, args, stats):
+    def init(
+        self, y: PyTree[Array], args: Any, stats: dict[str, Any]
+    ) -> tuple[list[PyTree[Array]], Int[Array, ""]]:
         del args, stats
         return [y for _ in self.steps], jnp.array(0)
 
-    def update(self, notes, num_steps, y, args, stats):
+    def update(
+        self,
+        notes: tuple[list[PyTree[Array]], Int[Array, ""]],
+        num_steps: Int[Array, ""],
+        y: PyTree[Array],
+        args: Any,
+        stats: dict[str, Any],
+    ) -> tuple[list[PyTree[Array]], Int[Array, ""]]:
         del args, stats
         samples, _ = notes
         samples = [
@@ -83,7 +107,12 @@ class _GivenSamples(AbstractObserver):
         ]
         return samples, num_steps
 
-    def read(self, notes, z_star):
+    def read(
+        self,
+        notes: tuple[list[PyTree[Array]], Int[Array, ""]],
+        z_star: PyTree[Array],
+    ) -> list[PyTree[Array]]:
+        """All but the last of the samples; past the end of the solve, `z_star`."""
         samples, num_steps = notes
         return [
             jtu.tree_map(lambda z, end: jnp.where(step <= num_steps, z, end), z, z_star)
@@ -102,25 +131,25 @@ def sample_states(
 ) -> tuple[list[PyTree[Array]], EquilibriumSolution]:
     """The equilibrium for one input, and states on the way to it.
 
-    For losses on more than the equilibrium, see
-    [`implicitnets.fixed_point_correction`][]. There are always as many states as were
-    asked for, also when the solve ends early. The last one is the equilibrium, with the
-    gradient of the layer's adjoint; those before it have phantom gradients, as each is
-    a step of an iteration towards the equilibrium and none is a solution itself.
+    [`implicitnets.fixed_point_correction`][] makes a loss of them. There are always as
+    many states as were asked for, also when the solve ends early. The last one is the
+    equilibrium, with the gradient of the layer's adjoint. The others have phantom
+    gradients: each is a step of an iteration towards the equilibrium, and none is a
+    solution itself.
 
     A layer that is unrolled to a fixed depth gives states of its unrolling, with
     ordinary gradients.
 
-    Works with every solver, under `jit` and `vmap`. The memory is that of at most twice
-    as many states as were asked for.
+    Works with every solver, under `jit` and `vmap`. It stores at most twice as many
+    states as were asked for.
 
     **Arguments:**
 
     - `deq`: an equilibrium layer.
     - `x`: its input.
     - `at`: a number of states, spaced evenly over the steps that the solve takes; or
-        the steps after which to take them, increasing, which the equilibrium follows as
-        one more state. A step past the end of the solve gives the equilibrium.
+        the increasing steps after which to take them, and then the equilibrium is one
+        more state. A step past the end of the solve gives the equilibrium.
     - `phantom`: how the states before the last are differentiated. Keyword only
         argument.
     - `z0`, `key`: as the layer takes them. Keyword only arguments.
@@ -131,8 +160,8 @@ def sample_states(
 
     **Raises:**
 
-    `ValueError` if `at` is not a positive integer or increasing positive integers; and
-    what the layer raises.
+    `ValueError` if `at` is neither a positive integer nor increasing positive integers;
+    and what the layer raises.
     """
     if isinstance(at, int):
         check_argument("at", at, at >= 1, "at least 1")
@@ -155,14 +184,20 @@ def sample_states(
             deq, x = deq_input
             return jtu.tree_map(jnp.subtract, deq.evaluate(z, x, key=key), z)
 
-        # Of a solve that has found `z` already.
+        # The adjoint of a solve that has already found `z`.
         return phantom.apply(lambda _: (z, None), residual, (deq, x), frozenset())[0]
 
     earlier = [differentiable(z) for z in observer.read(notes, z_star)]
     return [*earlier, solution.z_star], solution
 
 
-def _sample_unrolled(deq, x, at, z0, key):
+def _sample_unrolled(
+    deq: AbstractDeepEquilibriumNetwork,
+    x: Any,
+    at: int | tuple[int, ...],
+    z0: PyTree[Array] | None,
+    key: PRNGKeyArray | None,
+) -> tuple[list[PyTree[Array]], EquilibriumSolution]:
     depth = deq.fixed_depth
     if isinstance(at, int):
         depths = [max(round(i * depth / at), 1) for i in range(1, at + 1)]
@@ -188,11 +223,11 @@ def _sample_unrolled(deq, x, at, z0, key):
 def exponential_weights(
     decay: float = 0.8,
 ) -> Callable[[int], Float[Array, " states"]]:
-    """Weights that grow by a constant factor from state to state, the last being one.
+    """Weights that grow by a constant factor from state to state, up to one.
 
     **Arguments:**
 
-    - `decay`: each weight over the next one.
+    - `decay`: the ratio of each weight to the next one.
 
     **Returns:**
 
@@ -202,7 +237,7 @@ def exponential_weights(
 
 
 def linear_weights() -> Callable[[int], Float[Array, " states"]]:
-    """Weights that grow linearly from state to state, the last being one.
+    """Weights that grow linearly from state to state, up to one.
 
     **Returns:**
 
@@ -232,20 +267,20 @@ def fixed_point_correction(
     *,
     weights: Callable[[int], Float[Array, " states"]] = exponential_weights(),
 ) -> Scalar:
-    """A loss on the states along a solve, so that early ones are good already.
+    """A loss on the states along a solve, which makes the early ones good too.
 
-    The weighted sum of the loss on every state (Bai et al., *Deep Equilibrium Optical
-    Flow Estimation*, 2022, section 3.3). Equilibria are then reached in fewer steps,
-    and a solve that is stopped early loses less.
+    It is the weighted sum of the loss on every state (Bai et al., *Deep Equilibrium
+    Optical Flow Estimation*, 2022, section 3.3). Solves then reach their equilibrium in
+    fewer steps, and lose less when they stop early.
 
     **Arguments:**
 
     - `loss_fn`: `loss_fn(state, target) -> scalar`.
     - `states`: from [`implicitnets.sample_states`][].
     - `target`: the second argument of `loss_fn`.
-    - `weights`: a function from the number of states to their weights, such as
+    - `weights`: a function from the number of states to their weights, as
         [`implicitnets.exponential_weights`][], [`implicitnets.linear_weights`][] and
-        [`implicitnets.constant_weights`][] give it. Keyword only argument.
+        [`implicitnets.constant_weights`][] return it. Keyword only argument.
 
     **Returns:**
 

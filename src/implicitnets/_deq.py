@@ -14,7 +14,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from ._adjoint.detach import detach
 from ._adjoint.implicit import ImplicitAdjoint
 from ._adjoint.report import AdjointReport, with_probe
-from ._cell import call_cell, cell_residual, check_state
+from ._cell import call_cell, cell_residual, checked_state, make_zeros
+from ._internal.arguments import CellArguments
 from ._internal.checks import check_number, keyword
 from ._internal.optimistix import solve_inputs
 from ._internal.parametrise import resolve
@@ -34,20 +35,7 @@ Solver: TypeAlias = (
 
 
 def as_solver(solver: Any) -> Solver:
-    """What a layer is given as its solver, as an Optimistix solver.
-
-    **Arguments:**
-
-    - `solver`: anything.
-
-    **Returns:**
-
-    The solver, or [`implicitnets.SteadyState`][] of an ODE solver.
-
-    **Raises:**
-
-    `TypeError` for anything else.
-    """
+    """A layer's solver: [`implicitnets.SteadyState`][] of an ODE solver, or itself."""
     if isinstance(solver, dfx.AbstractSolver):
         return SteadyState(solver)
     if isinstance(solver, Solver):
@@ -60,10 +48,10 @@ def as_solver(solver: Any) -> Solver:
 
 
 class AbstractDeepEquilibriumNetwork(eqx.Module):
-    """A layer whose output solves `z = cell(z, x)`: what its kinds have in common.
+    """A layer whose output solves `z = cell(z, x)`.
 
-    They differ in where the solve starts. Write your own by giving it these fields and
-    a `start`.
+    Its kinds differ in where the solve starts. To write your own, give it these fields
+    and a `start`.
 
     **Attributes:**
 
@@ -113,10 +101,10 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         - `x`: the input, any pytree; the cell's second argument.
         - `z0`: where to start, instead of the layer's own start: for example at the
             last equilibrium of a slowly changing input.
-        - `key`: passed on to a cell with an argument `key`, the same for every
+        - `key`: passed on to a cell with an argument `key`. It is the same for every
             evaluation in this solve and its gradient.
-        - `probe`: differentiate with respect to it to know how the backward pass went:
-            see [`implicitnets.AdjointReport`][]. Unrolling has nothing to report.
+        - `probe`: its gradient says how the backward pass went: see
+            [`implicitnets.AdjointReport`][]. Unrolling has nothing to report.
 
         **Returns:**
 
@@ -142,7 +130,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
 
         The cell's value, of the structure of the state.
         """
-        return call_cell(z, (resolve(self.cell), x, key))
+        return call_cell(z, CellArguments(resolve(self.cell), x, key))
 
     def solve(
         self,
@@ -177,10 +165,9 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
             )
         # Normalised weights are computed here, and not in every evaluation.
         self = resolve(self)
+        arguments = CellArguments(self.cell, x, key)
         z0 = self.start(x, key=key) if z0 is None else z0
-        z0 = jtu.tree_map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), z0)
-        arguments = (self.cell, x, key)
-        check_state(z0, arguments)
+        z0 = checked_state(z0, arguments)
         if self.fixed_depth == 0:
             z_star, result, stats = self._find(z0, arguments, probe)
         else:
@@ -193,7 +180,12 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
             z_star=z_star, z0=z0, residual=residual, result=result, stats=stats
         )
 
-    def _find(self, z0, arguments, probe):
+    def _find(
+        self,
+        z0: PyTree[Array],
+        arguments: CellArguments,
+        probe: AdjointReport | None,
+    ) -> tuple[PyTree[Array], optx.RESULTS, dict[str, Any]]:
         adjoint = self.adjoint if probe is None else with_probe(self.adjoint, probe)
         if isinstance(self.solver, _Minimising):
             adjoint = _ResidualAdjoint(adjoint)
@@ -209,7 +201,9 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         stats = {k: v for k, v in solution.stats.items() if k != "max_steps"}
         return solution.value, solution.result, stats
 
-    def _unroll(self, z0, arguments):
+    def _unroll(
+        self, z0: PyTree[Array], arguments: CellArguments
+    ) -> tuple[PyTree[Array], optx.RESULTS, dict[str, Any]]:
         z_star, _ = lax.scan(
             lambda z, _: (call_cell(z, arguments), None),
             z0,
@@ -236,24 +230,26 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
 
     **Arguments:**
 
-    - `cell`: `cell(z, x) -> z`, any callable pytree, that maps a state to one of the
+    - `cell`: `cell(z, x) -> z`, any callable pytree that maps a state to one of the
         same structure, shapes and dtypes. `x` is any pytree. A cell with an argument
         `key` gets the call's key by that name.
     - `solver`: any Optimistix root finder, fixed-point solver, least-squares solver or
-        minimiser, ours among them; or any Diffrax ODE solver, short for
-        [`implicitnets.SteadyState`][] of it. The default is
+        minimiser, those of this library included; or any Diffrax ODE solver, which
+        stands for [`implicitnets.SteadyState`][] of it. The default is
         [`implicitnets.AndersonAcceleration`][] to a relative tolerance of `1e-4`.
-    - `init`: `init(x) -> z0`, where the solve starts; `None` for zeros like `x`.
-    - `adjoint`: any Optimistix adjoint, ours among them. The default is
+    - `init`: `init(x) -> z0`, where the solve starts; `None` for the zero state.
+    - `zero_state`: `zero_state(x) -> z`, a state of zeros, for a cell whose state is
+        not shaped like its input; `None` for zeros like `x`.
+    - `adjoint`: any Optimistix adjoint, those of this library included. The default is
         [`implicitnets.ImplicitAdjoint`][].
     - `max_steps`: the largest number of solver steps.
     - `throw`: whether a solve that was not successful raises. By default it does not,
-        since solves that stop early are normal in training: see `result` of `solve`.
+        because solves that stop early are normal in training: see `result` of `solve`.
     - `fixed_depth`: 0 to solve; see [`implicitnets.set_fixed_depth`][].
 
     **Raises:**
 
-    `TypeError` for what is no solver.
+    `TypeError` if `solver` is not a solver.
     """
 
     cell: Callable
@@ -261,26 +257,25 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
         default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=as_solver
     )
     init: Callable[[Any], PyTree[Array]] | None = keyword(None)
+    zero_state: Callable[[Any], PyTree[Array]] | None = keyword(None)
     adjoint: optx.AbstractAdjoint = keyword(ImplicitAdjoint())
     max_steps: int = keyword(256)
     throw: bool = keyword(False)
     fixed_depth: int = keyword(0)
 
     def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
-        """`init(x)`, or zeros like `x`."""
+        """`init(x)`, or the zero state."""
         del key
-        if self.init is None:
-            return jtu.tree_map(jnp.zeros_like, x)
-        return self.init(x)
+        return make_zeros(self.zero_state, x) if self.init is None else self.init(x)
 
 
 class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     """An equilibrium layer whose solve starts where an explicit network predicts.
 
-    With an `init` this is the Skip DEQ, without one the Skip Reg. DEQ, whose prediction
-    is one application of the cell to a zero state and so has no parameters of its own.
-    Train with [`implicitnets.skip_penalty`][], which draws the prediction and the
-    equilibrium together, and the solve gets shorter.
+    With an `init` this is the Skip DEQ. Without one it is the Skip Reg. DEQ, whose
+    prediction is one application of the cell to the zero state and so has no parameters
+    of its own. Train with [`implicitnets.skip_penalty`][], which draws the prediction
+    and the equilibrium together, and the solve gets shorter.
 
     Pal et al., *Mixing Implicit and Explicit Deep Learning with Skip DEQs and Infinite
     Time Neural ODEs*, 2022, section 3.
@@ -288,13 +283,13 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     **Arguments:**
 
     - `init`: `init(x) -> z0`, trained with the rest of the model; `None` for
-        `cell(0, x)`, with zeros like `x`.
-    - `cell`, `solver`, `adjoint`, `max_steps`, `throw`, `fixed_depth`: as
+        `cell(z, x)` at the zero state.
+    - `cell`, `solver`, `zero_state`, `adjoint`, `max_steps`, `throw`, `fixed_depth`: as
         [`implicitnets.DeepEquilibriumNetwork`][].
 
     **Raises:**
 
-    `TypeError` for what is no solver.
+    `TypeError` if `solver` is not a solver.
     """
 
     cell: Callable
@@ -302,26 +297,28 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
         default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=as_solver
     )
     init: Callable[[Any], PyTree[Array]] | None = keyword(None)
+    zero_state: Callable[[Any], PyTree[Array]] | None = keyword(None)
     adjoint: optx.AbstractAdjoint = keyword(ImplicitAdjoint())
     max_steps: int = keyword(256)
     throw: bool = keyword(False)
     fixed_depth: int = keyword(0)
 
     def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
-        """`init(x)`, or `cell(0, x)`."""
-        if self.init is None:
-            zeros = jtu.tree_map(jnp.zeros_like, x)
-            return call_cell(zeros, (resolve(self.cell), x, key))
-        return self.init(x)
+        """`init(x)`, or `cell(z, x)` at the zero state."""
+        if self.init is not None:
+            return self.init(x)
+        arguments = CellArguments(resolve(self.cell), x, key)
+        zeros = checked_state(make_zeros(self.zero_state, x), arguments)
+        return call_cell(zeros, arguments)
 
 
 def set_fixed_depth(model: _Model, depth: int) -> _Model:
     """Switch every equilibrium layer of a model between unrolling and solving.
 
-    The change is to a Python integer in the model and to nothing else, so that an
-    optimiser state made before a switch goes on working after it. Unrolling to a small
-    depth is how equilibrium models are pretrained (Bai et al., *Deep Equilibrium
-    Models*, 2019, appendix D).
+    It changes a Python integer in the model and nothing else, so that an optimiser
+    state made before a switch works after it. Equilibrium models are pretrained by
+    unrolling to a small depth (Bai et al., *Deep Equilibrium Models*, 2019, appendix
+    D).
 
     **Arguments:**
 
@@ -340,49 +337,52 @@ def set_fixed_depth(model: _Model, depth: int) -> _Model:
     if not isinstance(depth, int) or depth < 0:
         raise ValueError(f"`depth` must be an integer of at least 0; got {depth!r}.")
 
+    def is_layer(node):
+        return isinstance(node, AbstractDeepEquilibriumNetwork)
+
     def set_depth(node):
-        if not isinstance(node, AbstractDeepEquilibriumNetwork):
+        if not is_layer(node):
             return node
         inner = jtu.tree_map(
-            set_depth,
-            node,
-            is_leaf=lambda x: (
-                isinstance(x, AbstractDeepEquilibriumNetwork) and x is not node
-            ),
+            set_depth, node, is_leaf=lambda x: is_layer(x) and x is not node
         )
         return eqx.tree_at(lambda layer: layer.fixed_depth, inner, depth)
 
-    return jtu.tree_map(
-        set_depth,
-        model,
-        is_leaf=lambda x: isinstance(x, AbstractDeepEquilibriumNetwork),
-    )
+    return jtu.tree_map(set_depth, model, is_leaf=is_layer)
 
 
+# Optimistix differentiates `grad(norm(f(z) - z)) = 0`, which has no derivative at a
+# root (https://github.com/patrick-kidger/optimistix/issues/218, in version 0.1.0).
 class _ResidualAdjoint(optx.AbstractAdjoint):
-    """Differentiates a minimisation of the residual as the root that it finds.
-
-    Optimistix differentiates `grad(norm(f(z) - z)) = 0`, which has no derivative at a
-    root (https://github.com/patrick-kidger/optimistix/issues/218, in version 0.1.0).
-    """
+    """Differentiates a minimisation of the residual as the root that it finds."""
 
     adjoint: optx.AbstractAdjoint
 
-    def apply(self, primal_fn, rewrite_fn, inputs, tags):
+    def apply(
+        self,
+        primal_fn: Callable,
+        rewrite_fn: Callable,
+        inputs: tuple,
+        tags: frozenset[object],
+    ) -> tuple[PyTree[Array], Any]:
         del rewrite_fn, tags
         return self.adjoint.apply(primal_fn, _rewrite_residual, inputs, frozenset())
 
 
-def _rewrite_residual(z_star, _, inputs):
+def _rewrite_residual(z_star: PyTree[Array], _: Any, inputs: tuple) -> PyTree[Array]:
     return cell_residual(z_star, solve_inputs(inputs).args)
 
 
-def _judge(result, z0, z_star, residual, arguments):
-    """A solver's own result, corrected for what it has not seen.
-
-    Optimistix checks the iterate before the last step, and for divergence only some of
-    its solvers do (`optimistix/_iterate.py`, version 0.1.0).
-    """
+def _judge(
+    result: optx.RESULTS,
+    z0: PyTree[Array],
+    z_star: PyTree[Array],
+    residual: PyTree[Array],
+    arguments: CellArguments,
+) -> optx.RESULTS:
+    """A solver's own result, corrected for what it has not seen."""
+    # Optimistix checks the iterate before the last step, and for divergence only some
+    # of its solvers do (`optimistix/_iterate.py`, version 0.1.0).
     z0, z_star, arguments = detach((z0, z_star, arguments))
     failed = result != optx.RESULTS.successful
 

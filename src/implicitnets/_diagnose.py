@@ -17,18 +17,18 @@ from ._internal.pytree import working_dtype
 class ResidualTrace(eqx.Module):
     """The residuals of a solve: what [`implicitnets.residual_trace`][] returns.
 
-    The arrays hold the start and the iterate after every step, `max_steps + 1` entries.
-    Past the end of the solve they repeat the last one.
+    The arrays have `max_steps + 1` entries: the start, and the iterate after every
+    step. Past the end of the solve they repeat the last one.
 
     **Attributes:**
 
     - `absolute`: `two_norm(f(z) - z)`.
     - `relative`: `two_norm(f(z) - z) / two_norm(f(z))`.
-    - `nfe`: evaluations by then, those of the solver and not of the trace; `None` for a
-        solver that does not tell. (Of Optimistix' own `optimistix.FixedPointIteration`
-        makes one a step; how many the others make depends on the step.)
-    - `num_matvecs`: Jacobian products by then; `None` for a solver that makes none or
-        does not tell.
+    - `nfe`: how often the solver has evaluated the map by then, without the trace's own
+        evaluations; `None` if the solver does not count them. Of Optimistix' solvers
+        only `optimistix.FixedPointIteration` has a count: one for each step.
+    - `num_matvecs`: how many Jacobian products the solver has made by then; `None` if
+        it makes none or does not count them.
     - `num_steps`: how many steps the solve took.
     - `result`: how it ended.
     """
@@ -55,8 +55,8 @@ def residual_trace(
     """How the residual falls, step by step, for any Optimistix solver.
 
     Solves as `optimistix.fixed_point` does, and evaluates the map once more after every
-    step. The trace shows the iterates, also where the solver returns the best of them.
-    Can be used under `jit` and `vmap`. Not to be differentiated.
+    step. The trace shows the iterates, even if the solver returns the best of them. It
+    works under `jit` and `vmap`, and has no gradient.
 
     **Arguments:**
 
@@ -73,7 +73,7 @@ def residual_trace(
 
     **Raises:**
 
-    `TypeError` for what is no solver.
+    `TypeError` if `solver` is not a solver.
     """
     solution = optx.fixed_point(
         _call,
@@ -98,7 +98,7 @@ def residual_trace(
 
 
 # A module-level function, so that a trace outside `jit` is compiled once.
-def _call(z, fn_args):
+def _call(z: PyTree[Array], fn_args: tuple[Callable, Any]) -> PyTree[Array]:
     fn, args = fn_args
     return fast_convolutions(fn)(z, args)
 
@@ -113,13 +113,20 @@ class _Entries(eqx.Module):
 class _ResidualObserver(AbstractObserver):
     max_steps: int
 
-    def init(self, y, args, stats):
+    def init(self, y: PyTree[Array], args: Any, stats: dict[str, Any]) -> _Entries:
         return jtu.tree_map(
             lambda x: jnp.zeros(self.max_steps + 1, x.dtype).at[0].set(x),
             _entries(y, args, stats),
         )
 
-    def update(self, notes, num_steps, y, args, stats):
+    def update(
+        self,
+        notes: _Entries,
+        num_steps: Int[Array, ""],
+        y: PyTree[Array],
+        args: Any,
+        stats: dict[str, Any],
+    ) -> _Entries:
         return jtu.tree_map(
             lambda trace, x: trace.at[num_steps].set(x),
             notes,
@@ -127,7 +134,7 @@ class _ResidualObserver(AbstractObserver):
         )
 
 
-def _entries(y, args, stats):
+def _entries(y: PyTree[Array], args: Any, stats: dict[str, Any]) -> _Entries:
     f = _call(y, args)
     dtype = working_dtype(y)
     residual = optx.two_norm(jtu.tree_map(jnp.subtract, f, y)).astype(dtype)

@@ -10,22 +10,19 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree, ScalarLike
 
 from ._adjoint.implicit import ImplicitAdjoint
 from ._cell import takes_key
-from ._deq import (
-    AbstractDeepEquilibriumNetwork,
-    as_solver,
-    Solver,
-)
+from ._deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork, Solver
+from ._internal.checks import check_argument
+from ._neural_ode import NeuralODE
 from ._solver.anderson import AndersonAcceleration
 
 
 _Layers: TypeAlias = tuple[Callable, ...]
-State: TypeAlias = tuple[Array, ...]
-Shapes: TypeAlias = tuple[tuple[int, ...], ...]
-Start: TypeAlias = Callable[[Any], State]
+_State: TypeAlias = tuple[Array, ...]
+_Start: TypeAlias = Callable[[Any], _State]
 
 
 def _as_rows(rows: Iterable[Iterable[Callable]]) -> tuple[_Layers, ...]:
@@ -37,24 +34,25 @@ def _as_layers(layers: Iterable[Callable] | None) -> _Layers | None:
 
 
 class MultiScaleCell(eqx.Module):
-    """A cell whose state is a tuple of arrays, one a scale.
+    """A cell whose state is a tuple of arrays, one for each scale.
 
-    Every scale goes through a layer of its own, the first of them together with the
-    input. Then every scale becomes the sum of what all of them are mapped to there.
-    Then every scale goes through one more layer of its own.
+    The main layers come first: each scale has its own, and the first of them also sees
+    the input. The mapping layers then take every scale to the shape of every other, and
+    each scale becomes the sum of what arrives there. The post-fuse layers come last,
+    one for each scale.
 
-    A layer with an argument `key` gets one of its own by that name, if the cell is
-    called with a key.
+    If the cell is called with a key, each layer with an argument `key` gets its own.
 
     Bai et al., *Multiscale Deep Equilibrium Models*, 2020, section 3.1.
 
     **Arguments:**
 
-    - `main_layers`: one layer a scale. The first is called with its scale and the
-        input, the others with their scale.
-    - `mapping_layers`: a square matrix of layers: that in row `i` and column `j` maps
-        scale `i` to the shape of scale `j`. `equinox.nn.Identity()` suits the diagonal.
-    - `post_fuse_layers`: one layer a scale; `None` for none.
+    - `main_layers`: one layer for each scale. The first is called with its scale and
+        the input, the others with their scale.
+    - `mapping_layers`: a square matrix of layers. The layer in row `i` and column `j`
+        maps scale `i` to the shape of scale `j`. `equinox.nn.Identity()` suits the
+        diagonal.
+    - `post_fuse_layers`: one layer for each scale, or `None`.
 
     **Raises:**
 
@@ -82,8 +80,8 @@ class MultiScaleCell(eqx.Module):
                 )
 
     def __call__(
-        self, z: State, x: PyTree, *, key: PRNGKeyArray | None = None
-    ) -> State:
+        self, z: _State, x: PyTree, *, key: PRNGKeyArray | None = None
+    ) -> _State:
         """The next state.
 
         **Arguments:**
@@ -122,44 +120,63 @@ class MultiScaleCell(eqx.Module):
 
 
 class _EachScale(eqx.Module):
-    """What several layers make of one input."""
-
     layers: _Layers
 
-    def __call__(self, x):
+    def __call__(self, x: PyTree) -> _State:
         return tuple(layer(x) for layer in self.layers)
 
 
-def as_start(init: Start | Iterable[Callable] | None) -> Start | None:
-    """A start of a multiscale state, also where it is given by one layer a scale."""
-    return init if init is None or callable(init) else _EachScale(tuple(init))
+class _ZeroState(eqx.Module):
+    shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+
+    def __call__(self, x: PyTree) -> _State:
+        # In the precision of the input, which may also have integers and Booleans.
+        dtypes = [jnp.result_type(leaf) for leaf in jtu.tree_leaves(x)]
+        dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.result_type(float, *dtypes)
+        return tuple(jnp.zeros(shape, dtype) for shape in self.shapes)
 
 
-def zero_state(shapes: Shapes, x: PyTree) -> State:
-    """A multiscale state of zeros, in the precision of the input."""
-    dtypes = [jnp.result_type(leaf) for leaf in jtu.tree_leaves(x)]
-    dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(float, *dtypes)
-    return tuple(jnp.zeros(shape, dtype) for shape in shapes)
-
-
-def as_shapes(state_shapes: Iterable[Iterable[int]], cell: MultiScaleCell) -> Shapes:
-    """The shapes of the states of a cell, checked to be as many as it has scales."""
+def _cell_and_starts(
+    main_layers: Iterable[Callable],
+    mapping_layers: Iterable[Iterable[Callable]],
+    post_fuse_layers: Iterable[Callable] | None,
+    state_shapes: Iterable[Iterable[int]],
+    init: _Start | Iterable[Callable] | None,
+) -> dict[str, Any]:
+    """What the multiscale layers have in common, as arguments of any layer."""
+    cell = MultiScaleCell(main_layers, mapping_layers, post_fuse_layers)
     shapes = tuple(tuple(shape) for shape in state_shapes)
-    if len(shapes) != len(cell.main_layers):
-        raise ValueError(
-            "`state_shapes` must have a shape for each of the "
-            f"{len(cell.main_layers)} `main_layers`; got {shapes}."
-        )
-    return shapes
+    num_scales = len(cell.main_layers)
+    check_argument(
+        "state_shapes",
+        shapes,
+        len(shapes) == num_scales,
+        f"one shape for each of the {num_scales} `main_layers`",
+    )
+    if not (init is None or callable(init)):
+        init = _EachScale(tuple(init))
+    return {"cell": cell, "init": init, "zero_state": _ZeroState(shapes)}
 
 
-class MultiScaleDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
-    """An equilibrium layer whose state is a tuple of arrays, one a scale.
+def MultiScaleDeepEquilibriumNetwork(
+    main_layers: Iterable[Callable],
+    mapping_layers: Iterable[Iterable[Callable]],
+    post_fuse_layers: Iterable[Callable] | None = None,
+    solver: Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
+    *,
+    state_shapes: Iterable[Iterable[int]],
+    init: _Start | Iterable[Callable] | None = None,
+    adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
+    max_steps: int = 256,
+    throw: bool = False,
+    fixed_depth: int = 0,
+) -> DeepEquilibriumNetwork:
+    """An equilibrium layer whose state is a tuple of arrays, one for each scale.
 
-    The equilibrium layer of a [`implicitnets.MultiScaleCell`][], which has a state of
-    other shapes than its input. All scales are solved for at once.
+    A [`implicitnets.DeepEquilibriumNetwork`][] of a [`implicitnets.MultiScaleCell`][],
+    which solves for all scales at once.
 
     ```python
     deq = inn.MultiScaleDeepEquilibriumNetwork(
@@ -179,113 +196,121 @@ class MultiScaleDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
 
     - `main_layers`, `mapping_layers`, `post_fuse_layers`: as
         [`implicitnets.MultiScaleCell`][].
-    - `state_shapes`: the shape of every scale.
-    - `init`: `init(x) -> z0`, where the solve starts, or one layer a scale, each of
-        which sees `x`; `None` for zeros.
+    - `state_shapes`: the shape of every scale. Keyword only argument.
+    - `init`: `init(x) -> z0`, where the solve starts; or one layer for each scale, each
+        of which sees `x`; or `None` for zeros. Keyword only argument.
     - `solver`, `adjoint`, `max_steps`, `throw`, `fixed_depth`: as
         [`implicitnets.DeepEquilibriumNetwork`][].
 
+    **Returns:**
+
+    The layer.
+
     **Raises:**
 
-    `ValueError` if the numbers of layers do not match; `TypeError` for what is no
+    `ValueError` if the numbers of layers do not match; `TypeError` if `solver` is not a
     solver.
     """
-
-    cell: Callable
-    solver: Solver
-    state_shapes: Shapes = eqx.field(static=True)
-    init: Start | None
-    adjoint: optx.AbstractAdjoint
-    max_steps: int
-    throw: bool
-    fixed_depth: int
-
-    def __init__(
-        self,
-        main_layers: Iterable[Callable],
-        mapping_layers: Iterable[Iterable[Callable]],
-        post_fuse_layers: Iterable[Callable] | None = None,
-        solver: Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
-        *,
-        state_shapes: Iterable[Iterable[int]],
-        init: Start | Iterable[Callable] | None = None,
-        adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
-        max_steps: int = 256,
-        throw: bool = False,
-        fixed_depth: int = 0,
-    ):
-        cell = MultiScaleCell(main_layers, mapping_layers, post_fuse_layers)
-        self.cell = cell
-        self.solver = as_solver(solver)
-        self.state_shapes = as_shapes(state_shapes, cell)
-        self.init = as_start(init)
-        self.adjoint = adjoint
-        self.max_steps = max_steps
-        self.throw = throw
-        self.fixed_depth = fixed_depth
-
-    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> State:
-        """`init(x)`, or zeros."""
-        del key
-        if self.init is None:
-            return zero_state(self.state_shapes, x)
-        return self.init(x)
+    return DeepEquilibriumNetwork(
+        solver=solver,
+        adjoint=adjoint,
+        max_steps=max_steps,
+        throw=throw,
+        fixed_depth=fixed_depth,
+        **_cell_and_starts(
+            main_layers, mapping_layers, post_fuse_layers, state_shapes, init
+        ),
+    )
 
 
-class SkipMultiScaleDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
+def SkipMultiScaleDeepEquilibriumNetwork(
+    main_layers: Iterable[Callable],
+    mapping_layers: Iterable[Iterable[Callable]],
+    post_fuse_layers: Iterable[Callable] | None = None,
+    solver: Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
+    *,
+    state_shapes: Iterable[Iterable[int]],
+    init: _Start | Iterable[Callable] | None = None,
+    adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
+    max_steps: int = 256,
+    throw: bool = False,
+    fixed_depth: int = 0,
+) -> SkipDeepEquilibriumNetwork:
     """A multiscale equilibrium layer that starts where an explicit network predicts.
 
-    As [`implicitnets.SkipDeepEquilibriumNetwork`][], for a state that is a tuple of
-    arrays, one a scale.
+    A [`implicitnets.SkipDeepEquilibriumNetwork`][] of a
+    [`implicitnets.MultiScaleCell`][].
 
     **Arguments:**
 
-    - `init`: `init(x) -> z0`, trained with the rest of the model, or one layer a scale,
-        each of which sees `x`; `None` for one application of the cell to zeros.
+    - `init`: `init(x) -> z0`, trained with the rest of the model; or one layer for each
+        scale, each of which sees `x`; or `None` for one application of the cell to
+        zeros. Keyword only argument.
     - `main_layers`, `mapping_layers`, `post_fuse_layers`, `solver`, `state_shapes`,
         `adjoint`, `max_steps`, `throw`, `fixed_depth`: as
         [`implicitnets.MultiScaleDeepEquilibriumNetwork`][].
+
+    **Returns:**
+
+    The layer.
 
     **Raises:**
 
     As [`implicitnets.MultiScaleDeepEquilibriumNetwork`][].
     """
+    return SkipDeepEquilibriumNetwork(
+        solver=solver,
+        adjoint=adjoint,
+        max_steps=max_steps,
+        throw=throw,
+        fixed_depth=fixed_depth,
+        **_cell_and_starts(
+            main_layers, mapping_layers, post_fuse_layers, state_shapes, init
+        ),
+    )
 
-    cell: Callable
-    solver: Solver
-    state_shapes: Shapes = eqx.field(static=True)
-    init: Start | None
-    adjoint: optx.AbstractAdjoint
-    max_steps: int
-    throw: bool
-    fixed_depth: int
 
-    def __init__(
-        self,
-        main_layers: Iterable[Callable],
-        mapping_layers: Iterable[Iterable[Callable]],
-        post_fuse_layers: Iterable[Callable] | None = None,
-        solver: Solver | dfx.AbstractSolver = AndersonAcceleration(1e-4, 1e-6),
-        *,
-        state_shapes: Iterable[Iterable[int]],
-        init: Start | Iterable[Callable] | None = None,
-        adjoint: optx.AbstractAdjoint = ImplicitAdjoint(),
-        max_steps: int = 256,
-        throw: bool = False,
-        fixed_depth: int = 0,
-    ):
-        cell = MultiScaleCell(main_layers, mapping_layers, post_fuse_layers)
-        self.cell = cell
-        self.solver = as_solver(solver)
-        self.state_shapes = as_shapes(state_shapes, cell)
-        self.init = as_start(init)
-        self.adjoint = adjoint
-        self.max_steps = max_steps
-        self.throw = throw
-        self.fixed_depth = fixed_depth
+def MultiScaleNeuralODE(
+    main_layers: Iterable[Callable],
+    mapping_layers: Iterable[Iterable[Callable]],
+    post_fuse_layers: Iterable[Callable] | None = None,
+    solver: dfx.AbstractSolver = dfx.Tsit5(),
+    *,
+    state_shapes: Iterable[Iterable[int]],
+    t1: ScalarLike = 1.0,
+    init: _Start | Iterable[Callable] | None = None,
+    dt0: ScalarLike = 0.1,
+    stepsize_controller: dfx.AbstractStepSizeController = dfx.PIDController(1e-3, 1e-6),
+    adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint(),
+    max_steps: int = 256,
+    throw: bool = False,
+) -> NeuralODE:
+    """A [`implicitnets.NeuralODE`][] of a [`implicitnets.MultiScaleCell`][].
 
-    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> State:
-        """`init(x)`, or one application of the cell to zeros."""
-        if self.init is None:
-            return self.evaluate(zero_state(self.state_shapes, x), x, key=key)
-        return self.init(x)
+    **Arguments:**
+
+    - `main_layers`, `mapping_layers`, `post_fuse_layers`, `state_shapes`, `init`: as
+        [`implicitnets.MultiScaleDeepEquilibriumNetwork`][].
+    - `solver`, `t1`, `dt0`, `stepsize_controller`, `adjoint`, `max_steps`, `throw`: as
+        [`implicitnets.NeuralODE`][].
+
+    **Returns:**
+
+    The layer.
+
+    **Raises:**
+
+    `ValueError` if the numbers of layers do not match.
+    """
+    return NeuralODE(
+        solver=solver,
+        t1=t1,
+        dt0=dt0,
+        stepsize_controller=stepsize_controller,
+        adjoint=adjoint,
+        max_steps=max_steps,
+        throw=throw,
+        **_cell_and_starts(
+            main_layers, mapping_layers, post_fuse_layers, state_shapes, init
+        ),
+    )

@@ -17,14 +17,15 @@ from ._solution import EquilibriumSolution
 def skip_penalty(solution: EquilibriumSolution) -> Scalar:
     """How far the equilibrium is from where its solve started.
 
-    The mean squared error between `z_star` and `z0`, with a gradient through both: it
-    teaches a learned start to predict the equilibrium, and the cell to have one near
-    its start (Pal et al., *Mixing Implicit and Explicit Deep Learning with Skip DEQs
-    and Infinite Time Neural ODEs*, 2022, section 3; there with weight 0.01).
+    The mean squared error between `z_star` and `z0`. Its gradient goes through both: a
+    learned start learns to predict the equilibrium, and the cell to have one near its
+    start (Pal et al., *Mixing Implicit and Explicit Deep Learning with Skip DEQs and
+    Infinite Time Neural ODEs*, 2022, section 3, which gives it the weight 0.01).
 
     **Arguments:**
 
-    - `solution`: from a layer's `solve`; that of a batch gives the mean over it.
+    - `solution`: from a layer's `solve`. The solution of a batch gives the mean over
+        the batch.
 
     **Returns:**
 
@@ -49,7 +50,9 @@ def jacobian_penalty(
     num_samples: int = 1,
     detach: bool = True,
 ) -> Scalar:
-    r"""How strongly a cell depends on its state: keeps equilibria easy to find.
+    r"""How strongly a cell depends on its state.
+
+    As a penalty it keeps equilibria easy to find.
 
     An unbiased estimate of $\lVert J \rVert_F^2 / d$ with the cell's Jacobian $J$ with
     respect to the state, of $d$ elements: the mean of $\lVert v^T J \rVert^2 / d$ over
@@ -63,13 +66,14 @@ def jacobian_penalty(
         layer had, or give the layer's `evaluate`.
     - `z`: one example's state, usually its equilibrium.
     - `x`: the cell's second argument.
-    - `key`: for the samples; another one in every training step and for every example.
+    - `key`: for the samples. Every training step and every example needs its own.
         Keyword only argument.
     - `num_samples`: how many samples to take. Keyword only argument.
     - `detach`: whether `z` counts as a constant, as in the paper's code, so that the
-        gradient changes the Jacobian where the equilibrium is. Otherwise the gradient
-        also moves the equilibrium, through the layer's adjoint, to where the Jacobian
-        is small: exact, and one more backward solve. Keyword only argument.
+        gradient changes the Jacobian where the equilibrium is. With `False` the
+        gradient is exact: it also moves the equilibrium, through the layer's adjoint,
+        to where the Jacobian is small. That costs one more backward solve. Keyword only
+        argument.
 
     **Returns:**
 
@@ -101,16 +105,17 @@ def sometimes(
 ) -> Scalar:
     """A penalty in a random part of the training steps, and zero in the others.
 
-    A penalty that is dear to compute does its work also when it is there in one step of
-    three (Bai et al., *Stabilizing Equilibrium Models by Jacobian Regularization*,
-    2021, section 4: probabilities 0.05 to 0.4). In the other steps it is not computed,
-    if this is called on the batch: under `vmap` it would be, for every example.
+    An expensive penalty still works if only some steps have it (Bai et al.,
+    *Stabilizing Equilibrium Models by Jacobian Regularization*, 2021, section 4, use
+    probabilities of 0.05 to 0.4). Call this on the batch, and the other steps do not
+    compute the penalty. Under `vmap` they would, for every example.
 
     **Arguments:**
 
-    - `probability`: that of the penalty to count. It is not divided by it.
+    - `probability`: how likely the penalty counts. The penalty is not divided by it.
     - `penalty`: `penalty(key) -> scalar`.
-    - `key`: decides, and gives the penalty its own. Keyword only argument.
+    - `key`: decides whether the penalty counts, and is then split for the penalty.
+        Keyword only argument.
 
     **Returns:**
 
@@ -131,20 +136,21 @@ def growing_weight(
 ) -> Callable[[ScalarLike], Scalar]:
     """A penalty's weight that grows by steps in the course of training.
 
-    As the weight of the Jacobian penalty in Bai et al., *Stabilizing Equilibrium Models
-    by Jacobian Regularization*, 2021: the deeper into training, the more a model tends
-    to equilibria that are hard to find.
+    The later in training, the more a model tends to equilibria that are hard to find.
+    Bai et al., *Stabilizing Equilibrium Models by Jacobian Regularization*, 2021, let
+    the weight of the Jacobian penalty grow in this way.
 
     **Arguments:**
 
     - `initial`: the first weight.
     - `increment`: by how much it grows.
-    - `every`: in how many training steps.
-    - `begin`: from which training step on. Zero weight before. Keyword only argument.
+    - `every`: after how many training steps it grows.
+    - `begin`: the first training step with a weight, which is zero before. Keyword only
+        argument.
 
     **Returns:**
 
-    A schedule in the form of Optax': a function from the training step to the weight.
+    An Optax schedule: a function from the training step to the weight.
 
     **Raises:**
 

@@ -9,25 +9,26 @@ _State = TypeVar("_State", bound=PyTree[Array])
 
 
 class EquilibriumSolution(eqx.Module, Generic[_State]):
-    """The whole story of one equilibrium solve.
+    """An equilibrium, and how it was found.
 
-    A pytree, so that it may be returned from `jax.vmap` and `equinox.filter_jit`.
+    A pytree, so that `jax.vmap` and `equinox.filter_jit` can return it.
 
     **Attributes:**
 
-    - `z_star`: the equilibrium; differentiable through the layer's adjoint.
-    - `z0`: where the solve started. Differentiable, though the equilibrium has no
-        gradient with respect to it, so that [`implicitnets.skip_penalty`][] trains what
-        it came from.
-    - `residual`: `cell(z_star, x) - z_star`, of the structure of the state. Has no
+    - `z_star`: the equilibrium. The layer's adjoint differentiates it.
+    - `z0`: where the solve started. It is differentiable, though the equilibrium has no
+        gradient with respect to it: [`implicitnets.skip_penalty`][] trains what
+        computed it.
+    - `residual`: `cell(z_star, x) - z_star`, of the structure of the state. It has no
         gradient: at an equilibrium it is zero by the implicit function theorem.
     - `result`: an `optimistix.RESULTS`: `successful`, `nonlinear_max_steps_reached`,
-        `nonlinear_divergence`, `nonfinite`, `stagnation` (no progress any more) or
-        `breakdown` (of the linear solve within a Newton method).
-        `optimistix.RESULTS[sol.result]` is a sentence; that of the last two is Lineax',
-        whence they come, and speaks of linear solves.
+        `nonlinear_divergence`, `nonfinite`, `stagnation` (the steps make no progress
+        any more) or `breakdown` (the linear solve within a Newton method failed).
+        `optimistix.RESULTS[sol.result]` is a sentence. The sentences of `stagnation`
+        and `breakdown` speak of linear solves, because Lineax defines these two.
     - `stats`: a dictionary of arrays: `num_steps` of the solver, `nfe` (the cell
-        evaluations that it made) where the solver tells, and what else it tells.
+        evaluations that it made) if the solver counts them, and whatever else the
+        solver reports.
     """
 
     z_star: _State

@@ -1,6 +1,6 @@
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.lax as lax
@@ -16,6 +16,9 @@ from ._internal.parametrise import resolve
 from ._internal.pytree import working_dtype
 
 
+_Linear: TypeAlias = Callable[[PyTree[Array]], PyTree[Array]]
+
+
 def spectral_radius(
     cell: Callable[[PyTree[Array], Any], PyTree[Array]],
     z: PyTree[Array],
@@ -26,27 +29,27 @@ def spectral_radius(
 ) -> Scalar:
     r"""The spectral radius of a cell's Jacobian with respect to the state.
 
-    At an equilibrium it decides how fast plain iteration converges near it, by this
-    factor a step, and whether it converges at all, which it does below one.
+    At an equilibrium, plain iteration converges near it if the radius is below one, by
+    the factor of the radius in each step.
 
-    The largest eigenvalue of the projection of the Jacobian on a Krylov space, by
-    Arnoldi's method, so that a complex pair of eigenvalues, whose vectors turn for
-    ever under power iteration, is found as well as a real one. The projection's own
-    radius is the limit of $\lVert H^k \rVert^{1/k}$, by repeated squaring: arithmetic
-    only, where general eigenvalue solvers exist on few platforms.
+    Arnoldi's method projects the Jacobian on a Krylov space, and the result is the
+    radius of the projection. It finds a complex pair of eigenvalues as well as a real
+    one, where power iteration would rotate for ever. The radius of the projection is
+    the limit of $\lVert H^k \rVert^{1/k}$, computed by repeated squaring, because
+    general eigenvalue solvers exist on few platforms.
 
-    Works under `jit` and `vmap`: one example's state and input in, one number out. Its
-    cost is `num_steps` Jacobian products, its memory as many states. Has no gradient:
-    penalise [`implicitnets.jacobian_penalty`][] instead.
+    Works under `jit` and `vmap`: one example's state and input in, one number out. It
+    costs `num_steps` Jacobian products and stores as many states. It has no gradient:
+    [`implicitnets.jacobian_penalty`][] is the penalty to train with.
 
     **Arguments:**
 
     - `cell`: `cell(z, x) -> z`.
-    - `z`: where; an equilibrium, for the meaning above.
+    - `z`: the state at which to take the Jacobian, usually an equilibrium.
     - `x`: the cell's second argument.
     - `key`: for the random start of the Krylov space. Keyword only argument.
-    - `num_steps`: the dimension of the Krylov space, and so the number of products. An
-        estimate from below on most matrices. Keyword only argument.
+    - `num_steps`: the dimension of the Krylov space, and so the number of products.
+        With few steps most estimates are too low. Keyword only argument.
 
     **Returns:**
 
@@ -71,15 +74,15 @@ def operator_norm(
 ) -> Scalar:
     """The largest singular value of a cell's Jacobian with respect to the state.
 
-    At least [`implicitnets.spectral_radius`][], and below one everywhere only if the
-    cell is a contraction in the two-norm. By Lanczos' method on the product of the
-    Jacobian with its transpose; otherwise as `spectral_radius`.
+    It is at least the [`implicitnets.spectral_radius`][]. A cell is a contraction in
+    the two-norm if it is below one everywhere. Lanczos' method finds it, on the product
+    of the Jacobian with its transpose; everything else is as in `spectral_radius`.
 
     **Arguments:**
 
     - `cell`, `z`, `x`, `key`: as [`implicitnets.spectral_radius`][].
-    - `num_steps`: the dimension of the Krylov space, at two products each. An estimate
-        from below. Keyword only argument.
+    - `num_steps`: the dimension of the Krylov space, at two products each. With few
+        steps the estimate is too low. Keyword only argument.
 
     **Returns:**
 
@@ -99,12 +102,16 @@ def operator_norm(
     return jnp.sqrt(_ritz_radius(normal_product, z, key, num_steps))
 
 
-def _jacobian(cell, z, x):
+def _jacobian(
+    cell: Callable[[PyTree[Array], Any], PyTree[Array]], z: PyTree[Array], x: Any
+) -> _Linear:
     cell = fast_convolutions(resolve(cell))
     return jax.linearize(lambda z: cell(z, x), z)[1]
 
 
-def _ritz_radius(product, z, key, num_steps):
+def _ritz_radius(
+    product: _Linear, z: PyTree[Array], key: PRNGKeyArray, num_steps: int
+) -> Scalar:
     flat, unravel = ravel_pytree(z)
     dtype = working_dtype(flat)
 
@@ -117,8 +124,8 @@ def _ritz_radius(product, z, key, num_steps):
     return lax.stop_gradient(_radius(projection))
 
 
-# The power 2**24 makes of the constant in `norm(H^k) <= C rho^k`, below 1e6 for any
-# matrix of interest, a factor of 1 + 1e-6.
+# The constant in `norm(H^k) <= C rho^k` is below 1e6 for any matrix of interest. The
+# power 2**24 leaves a factor of 1 + 1e-6 of it.
 _NUM_SQUARINGS = 24
 
 

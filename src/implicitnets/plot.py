@@ -31,16 +31,16 @@ except ImportError as error:
 def convergence(
     traces: Mapping[str, ResidualTrace], *, axes: Axes | None = None
 ) -> Axes:
-    """How the relative residual falls with the work, a line a solve.
+    """How the relative residual falls with the work, in one line for each solve.
 
-    The work is the evaluations, and with them the Jacobian products, which cost about
-    as much. A solver that does not tell its evaluations is drawn against its steps. Of
-    the trace of a batch, the line is the median and the band has the middle half of the
+    The work is the number of evaluations, plus that of Jacobian products, which cost
+    about as much. A solver that does not count its evaluations is drawn against its
+    steps. For a batch the line is the median, and the band has the middle half of the
     examples.
 
     **Arguments:**
 
-    - `traces`: by name, from [`implicitnets.residual_trace`][].
+    - `traces`: traces from [`implicitnets.residual_trace`][], by name.
     - `axes`: what to draw on; `None` for a new figure. Keyword only argument.
 
     **Returns:**
@@ -81,9 +81,9 @@ def spectrum(
 ) -> Axes:
     """The eigenvalues of a cell's Jacobian with respect to the state.
 
-    Plain iteration converges near an equilibrium if they all lie in the unit circle,
-    and is slow where one is close to it. The gradient exists unless one is at 1. The
-    Jacobian is built in full: for states of up to some thousand elements.
+    Plain iteration converges near an equilibrium if they all lie inside the unit
+    circle, and slowly if one is close to it. The gradient exists unless one is at 1.
+    The function builds the full Jacobian, so a state may have some thousand elements.
 
     **Arguments:**
 
@@ -116,7 +116,7 @@ def solves(solution: EquilibriumSolution, *, axes: Axes | None = None) -> Axes:
 
     **Arguments:**
 
-    - `solution`: that of a batch, from `jax.vmap` of a layer's `solve`.
+    - `solution`: the solution of a batch, from `jax.vmap` of a layer's `solve`.
     - `axes`: what to draw on; `None` for a new figure. Keyword only argument.
 
     **Returns:**
@@ -150,10 +150,10 @@ def training(
 
     **Arguments:**
 
-    - `records`: a mapping for every moment, as a file of JSON lines has them. One that
-        lacks a name is left out of that name's curve.
-    - `names`: the entries to draw, a line each.
-    - `against`: the entry of the horizontal axis. Keyword only argument.
+    - `records`: mappings from names to numbers, such as the lines of a JSON Lines file.
+        A curve leaves out the records without its name.
+    - `names`: the entries to draw, each in its own line.
+    - `against`: the entry on the horizontal axis. Keyword only argument.
     - `axes`: what to draw on; `None` for a new figure. Keyword only argument.
 
     **Returns:**

@@ -6,7 +6,7 @@ import optimistix as optx
 import pytest
 
 import implicitnets as inn
-from implicitnets._correction import (
+from implicitnets import (
     constant_weights,
     exponential_weights,
     fixed_point_correction,

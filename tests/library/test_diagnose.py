@@ -6,9 +6,7 @@ import optimistix as optx
 import pytest
 
 import implicitnets as inn
-from implicitnets._diagnose import residual_trace
-from implicitnets._solver.broyden import Broyden
-from implicitnets._solver.newton_krylov import NewtonKrylov
+from implicitnets import Broyden, NewtonKrylov, residual_trace
 
 from .helpers import dense_cell, linear_map, make_matrix, make_vector, problem
 

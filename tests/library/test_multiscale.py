@@ -191,7 +191,7 @@ def test_state_smaller_than_the_input():
     solver = inn.AndersonAcceleration(TOL, TOL)
     one_scale = dict(solver=solver, state_shapes=[(128,)])
     layers = [
-        inn.DeepEquilibriumNetwork(cell, solver, init=lambda x: jnp.zeros(128)),
+        inn.DeepEquilibriumNetwork(cell, solver, zero_state=lambda x: jnp.zeros(128)),
         inn.SkipDeepEquilibriumNetwork(
             cell, solver, init=eqx.nn.Linear(512, 128, key=init_key)
         ),

@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import implicitnets as inn
-from implicitnets._regularise import growing_weight, jacobian_penalty, sometimes
+from implicitnets import growing_weight, jacobian_penalty, sometimes
 
 from .helpers import dense_cell, make_vector, problem, relative_error, tolerance
 

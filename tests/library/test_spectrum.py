@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from implicitnets._spectrum import operator_norm, spectral_radius
+from implicitnets import operator_norm, spectral_radius
 
 from .helpers import make_matrix, problem, tolerance
 

@@ -8,14 +8,14 @@ from .._solution import EquilibriumSolution
 
 
 class AbstractModel(eqx.Module):
-    """An equilibrium layer between a stem that feeds it and a head that judges it.
+    """An equilibrium layer between a stem and a head.
 
-    Sees one example; a batch is one `jax.vmap`. Batch normalisation stands in stem and
-    head, never in the cell, and keeps its statistics in an `equinox.nn.State`, as
+    It sees one example; a batch is one `jax.vmap`. Batch normalisation stands in stem
+    and head, never in the cell, and keeps its statistics in an `equinox.nn.State`, as
     everywhere in Equinox:
 
     ```python
-    make = eqx.filter_jit(eqx.nn.make_with_state(ResNetDEQ))  # compiled once, not often
+    make = eqx.filter_jit(eqx.nn.make_with_state(ResNetDEQ))
     model, state = make(ResNetConfig(), key=key)
     batch_model = jax.vmap(
         model, in_axes=(0, None), out_axes=(0, None), axis_name="batch"
@@ -23,9 +23,9 @@ class AbstractModel(eqx.Module):
     (logits, solution), state = batch_model(images, state)
     ```
 
-    A model with dropout also takes `key=`, one key an example. Use
-    `equinox.nn.inference_mode` to evaluate, and `equinox.tree_at` to put another kind
-    of layer in the place of `deq`.
+    A model with dropout also takes `key=`, one key for each example. Use
+    `equinox.nn.inference_mode` to evaluate, and `equinox.tree_at` to replace `deq` by
+    another kind of layer.
 
     **Attributes:**
 

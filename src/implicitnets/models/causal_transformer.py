@@ -97,9 +97,9 @@ class CausalTransformerCell(eqx.Module):
 class CausalTransformerDEQ(AbstractModel):
     """A small language model: a transformer layer at equilibrium, without a memory.
 
-    For the full model see [`implicitnets.models.DEQTransformer`][]. Has no statistics,
-    so its `state` is empty: the logits of a sequence are those of the token after each
-    position. The model of the deq-jax library.
+    The model of the deq-jax library; [`implicitnets.models.DEQTransformer`][] is the
+    full model. The logits of a sequence are those of the token after each position.
+    There are no statistics, so the `state` is empty.
 
     **Arguments:**
 

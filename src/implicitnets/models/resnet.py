@@ -68,11 +68,7 @@ class ResNetConfig:
 
 
 class ResNetCell(eqx.Module):
-    """A residual block into which the input is added.
-
-    `norm(relu(z + norm(x + conv(norm(relu(conv(z)))))))`, with group normalisation, and
-    weights small enough for a contraction at first.
-    """
+    """`norm(relu(z + norm(x + conv(norm(relu(conv(z)))))))`, with group norms."""
 
     conv1: eqx.nn.Conv2d
     norm1: eqx.nn.GroupNorm

@@ -14,9 +14,9 @@ class VariationalDropout(eqx.Module):
     """Dropout with one mask for a whole solve, shared along some axes.
 
     An equilibrium exists only if the mask is the same in every evaluation of the cell.
-    So it is, as it is drawn from the key alone, of which an equilibrium layer gives its
-    cell the same one throughout a solve and its gradient. A cell with several of these
-    layers splits the key.
+    The mask depends on the key alone, and an equilibrium layer gives its cell the same
+    key throughout a solve and its gradient. A cell with several of these layers splits
+    the key.
 
     ```python
     VariationalDropout(0.1, shared_axes=0)       # features, of (time, features)
@@ -25,18 +25,17 @@ class VariationalDropout(eqx.Module):
     VariationalDropout(0.1)                      # single entries
     ```
 
-    Drawing costs nothing in a step: XLA moves it out of the loop of a solve.
-
-    Off in inference: see `equinox.nn.inference_mode`.
+    A step does not draw the mask: XLA moves that out of the loop of a solve. Inference
+    drops nothing: see `equinox.nn.inference_mode`.
 
     Gal and Ghahramani, *A Theoretically Grounded Application of Dropout in Recurrent
     Neural Networks*, 2016. Bai et al., *Deep Equilibrium Models*, 2019, appendix D.
 
     **Arguments:**
 
-    - `p`: the probability with which an entry is dropped. The others are scaled so that
-        the mean is kept.
-    - `shared_axes`: the axis or the axes along which one draw decides.
+    - `p`: the probability that an entry is dropped. The others are scaled to keep the
+        mean.
+    - `shared_axes`: the axis or the axes along which all entries share one draw.
     - `inference`: whether nothing is dropped.
     """
 
@@ -53,11 +52,11 @@ class VariationalDropout(eqx.Module):
         **Arguments:**
 
         - `x`: the array.
-        - `key`: from which the mask is drawn. Not needed in inference.
+        - `key`: the mask is drawn from it. Inference needs none.
 
         **Returns:**
 
-        The array with zeros in the place of the dropped entries.
+        The array with zeros instead of the dropped entries.
 
         **Raises:**
 
@@ -75,7 +74,7 @@ class VariationalDropout(eqx.Module):
         mask = jr.bernoulli(key, keep, self._mask_shape(x))
         return jnp.where(mask, x / keep.astype(x.dtype), 0)
 
-    def _mask_shape(self, x):
+    def _mask_shape(self, x: Array) -> tuple[int, ...]:
         axes = self.shared_axes
         axes = (axes,) if isinstance(axes, int) else axes
         shape = list(x.shape)

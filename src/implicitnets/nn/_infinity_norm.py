@@ -3,7 +3,7 @@ from typing import TypeVar
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ScalarLike
+from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .._internal.checks import check_number
 from .._internal.parametrise import (
@@ -23,19 +23,19 @@ _Tree = TypeVar("_Tree")
 class InfinityNorm(AbstractParametrisation):
     r"""A weight whose linear operator has a bounded infinity-norm.
 
-    The Euclidean projection on $\lVert w \rVert_\infty \leq \mathrm{bound}$: of every
-    row, which is everything that one output sees, on the ball of the one-norm. A weight
-    within the bound stays as it is; rows outside become sparse. For a convolution of
-    any stride, padding and shape this bounds the operator too, since its rows are those
-    of the kernel, or less where they reach over the edge.
+    The Euclidean projection on $\lVert w \rVert_\infty \leq \mathrm{bound}$. It
+    projects every row, which is everything that one output sees, on the ball of the
+    one-norm. A weight within the bound stays as it is; rows outside become sparse. For
+    a convolution of any stride, padding and shape this bounds the operator too: its
+    rows are those of the kernel, or parts of them at the edges.
 
     A layer with a bound below one, followed by an activation that does not expand (the
     hyperbolic tangent, ReLU), is a contraction in the infinity-norm.
 
-    El Ghaoui et al., *Implicit Deep Learning*, 2021, on projected gradients. The
-    projection is that of Duchi et al., *Efficient Projections onto the l1-Ball*, 2008,
-    figure 1. It is differentiated; see [`implicitnets.nn.project`][] for the paper's
-    way, which is to project after an update.
+    The gradient goes through the projection. El Ghaoui et al., *Implicit Deep
+    Learning*, 2021, project after each update instead: see
+    [`implicitnets.nn.project`][]. The algorithm is in figure 1 of Duchi et al.,
+    *Efficient Projections onto the l1-Ball*, 2008.
 
     **Arguments:**
 
@@ -57,7 +57,9 @@ class InfinityNorm(AbstractParametrisation):
         return rows.reshape(weight.shape).astype(weight.dtype)
 
 
-def _project_rows(rows, bound):
+def _project_rows(
+    rows: Float[Array, "row column"], bound: Scalar
+) -> Float[Array, "row column"]:
     sizes = jnp.abs(rows)
     sorted_sizes = jnp.sort(sizes, axis=1, descending=True)
     counts = jnp.arange(1, rows.shape[1] + 1, dtype=rows.dtype)[None, :]
@@ -72,10 +74,10 @@ def _project_rows(rows, bound):
 def infinity_norm(
     cell: _Tree, filter: Filter = LINEAR_LAYERS, *, bound: ScalarLike = 1.0
 ) -> _Tree:
-    """A bounded infinity-norm in every chosen layer of a cell.
+    """Bound the infinity-norm of every chosen layer of a cell.
 
-    See [`implicitnets.nn.InfinityNorm`][] for what is done to a weight, and
-    [`implicitnets.nn.resolve`][] for when.
+    [`implicitnets.nn.InfinityNorm`][] says what happens to a weight, and
+    [`implicitnets.nn.resolve`][] says when.
 
     **Arguments:**
 
@@ -89,17 +91,17 @@ def infinity_norm(
 
     **Raises:**
 
-    `ValueError` if no layer is chosen.
+    `ValueError` if the filter chooses no layer.
     """
     return parametrise(cell, filter, lambda layer: InfinityNorm(layer.weight, bound))
 
 
 def project(tree: _Tree) -> _Tree:
-    """Projected gradient descent: to be called after every update of an optimiser.
+    """Projected gradient descent: call it after every update of an optimiser.
 
-    A weight that has left the bound of its [`implicitnets.nn.InfinityNorm`][] is put
-    back on it, so that it does not drift further outside, where the entries that the
-    projection has set to zero get no gradient. What the model computes does not change.
+    It puts a weight that has left the bound of its [`implicitnets.nn.InfinityNorm`][]
+    back on it. Otherwise the weight drifts further outside, where the entries that the
+    projection sets to zero get no gradient. What the model computes does not change.
 
     ```python
     model = eqx.apply_updates(model, updates)

@@ -24,24 +24,22 @@ class _MonotoneMatrix(AbstractParametrisation):
     a: Float[Array, " d d"]
     b: Float[Array, " d d"]
 
-    def value(self):
+    def value(self) -> Float[Array, " d d"]:
         dtype = working_dtype(self.a)
         a, b = self.a.astype(dtype), self.b.astype(dtype)
         return (a.T @ a - b + b.T).astype(self.a.dtype)
 
 
 class _MonotoneKernel(AbstractParametrisation):
-    """The kernel of the convolution `A^T A - B + B^T`, of convolutions `A` and `B`.
+    """The kernel of the convolution `A^T A - B + B^T`, of convolutions `A` and `B`."""
 
-    On a bounded domain with zeros around it this is the composition on an unbounded one
-    between an embedding and its transpose, so that it is as positive semidefinite there
-    as it is on a periodic domain, where a composition is one.
-    """
-
+    # On a periodic domain this is the composition itself. On a bounded domain with
+    # zeros around it, it is the composition on an unbounded one between an embedding
+    # and its transpose. So its symmetric part is positive semidefinite on both.
     a: Float[Array, " c c *k"]
     b: Float[Array, " c c *k"]
 
-    def value(self):
+    def value(self) -> Float[Array, " c c *k2"]:
         dtype = working_dtype(self.a)
         a, b = self.a.astype(dtype), self.b.astype(dtype)
         space = tuple(range(2, a.ndim))
@@ -60,16 +58,16 @@ class MonotoneCell(AbstractMonotoneCell):
     r"""The dense cell of monotone operator equilibrium networks (monDEQ).
 
     $$f(z, x) = \operatorname{ReLU}(W z + U x + b), \qquad
-    W = (1 - m) I - A^T A + B - B^T,$$
+    W = (1 - m) I - A^T A + B - B^T.$$
 
-    which has exactly one equilibrium for every input whatever the parameters are, also
-    where plain iteration diverges. [`implicitnets.PeacemanRachford`][] and
+    Every input has exactly one equilibrium, whatever the parameters are, even if plain
+    iteration diverges. [`implicitnets.PeacemanRachford`][] and
     [`implicitnets.ForwardBackward`][] always converge to it:
 
     ```python
     cell = inn.nn.MonotoneCell(784, 100, key=key)
     deq = inn.DeepEquilibriumNetwork(
-        cell, inn.PeacemanRachford(1e-3, 1e-6), init=lambda x: jnp.zeros(100)
+        cell, inn.PeacemanRachford(1e-3, 1e-6), zero_state=lambda x: jnp.zeros(100)
     )
     ```
 
@@ -79,9 +77,10 @@ class MonotoneCell(AbstractMonotoneCell):
 
     - `in_size`: the size of the input, a vector.
     - `size`: the size of the state, a vector.
-    - `margin`: $m$, positive. The smaller, the more the cell can express and the more
-        steps its solves take. Keyword only argument.
-    - `dtype`: of the parameters; `None` for JAX' default. Keyword only argument.
+    - `margin`: $m$, positive. A smaller margin lets the cell express more, and its
+        solves take more steps. Keyword only argument.
+    - `dtype`: the dtype of the parameters; `None` for JAX' default. Keyword only
+        argument.
     - `key`: for the initialisation. Keyword only argument.
 
     **Raises:**
@@ -140,8 +139,8 @@ class MonotoneCell(AbstractMonotoneCell):
 class MonotoneConvCell(AbstractMonotoneCell):
     r"""The convolutional cell of monotone operator equilibrium networks (monDEQ).
 
-    As [`implicitnets.nn.MonotoneCell`][], with convolutions for $A$, $B$ and $U$. An
-    evaluation is one convolution, with the composed kernel.
+    As [`implicitnets.nn.MonotoneCell`][], where $A$, $B$ and $U$ are convolutions. Each
+    evaluation is one convolution with the composed kernel.
 
     Winston and Kolter, *Monotone Operator Equilibrium Networks*, 2020, sections 3 and
     4.2.
@@ -151,13 +150,13 @@ class MonotoneConvCell(AbstractMonotoneCell):
     - `num_spatial_dims`: 1 for sequences, 2 for images.
     - `in_channels`: the channels of the input, an array of `(in_channels, *space)`.
     - `channels`: the channels of the state, of the same spatial shape.
-    - `kernel_size`: that of $A$, $B$ and $U$, odd; an integer or one for each spatial
-        dimension.
-    - `periodic`: whether the convolutions of the state go round at the edges, as in the
-        paper, so that the fast Fourier transform takes the linear systems of
-        [`implicitnets.PeacemanRachford`][] apart. If not, there are zeros beyond
-        the edges, and these systems are solved by [`implicitnets.GivensGMRES`][], so
-        that [`implicitnets.ForwardBackward`][] is often faster. Keyword only argument.
+    - `kernel_size`: the kernel size of $A$, $B$ and $U$, odd; an integer, or one for
+        each spatial dimension.
+    - `periodic`: whether the convolutions of the state wrap around at the edges, as in
+        the paper. The fast Fourier transform then solves the linear systems of
+        [`implicitnets.PeacemanRachford`][]. If not, there are zeros beyond the edges,
+        [`implicitnets.GivensGMRES`][] solves these systems, and
+        [`implicitnets.ForwardBackward`][] is often faster. Keyword only argument.
     - `margin`, `dtype`, `key`: as [`implicitnets.nn.MonotoneCell`][]. Keyword only
         arguments.
 
@@ -239,7 +238,7 @@ class MonotoneConvCell(AbstractMonotoneCell):
 class _Inverse(eqx.Module):
     inverse: Float[Array, " d d"]
 
-    def __call__(self, v):
+    def __call__(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
         return (self.inverse @ v.astype(self.inverse.dtype)).astype(v.dtype)
 
 
@@ -247,7 +246,7 @@ class _PeriodicInverse(eqx.Module):
     # One matrix for each frequency.
     inverses: Complex[Array, " f c c"]
 
-    def __call__(self, v):
+    def __call__(self, v: Float[Array, " c *space"]) -> Float[Array, " c *space"]:
         dtype = working_dtype(v)
         axes = tuple(range(1, v.ndim))
         v_hat = jnp.fft.rfftn(v.astype(dtype), axes=axes)
@@ -261,7 +260,7 @@ class _GMRESInverse(eqx.Module):
     diagonal: Scalar
     kernel: Float[Array, " c c *k"]
 
-    def __call__(self, v):
+    def __call__(self, v: Float[Array, " c *space"]) -> Float[Array, " c *space"]:
         def product(z):
             return self.diagonal * z + _convolve(self.kernel, z, periodic=False)
 
@@ -274,8 +273,10 @@ class _GMRESInverse(eqx.Module):
         )
 
 
-def _convolve(kernel, z, periodic):
-    padding = [((size - 1) // 2,) * 2 for size in kernel.shape[2:]]
+def _convolve(
+    kernel: Float[Array, " c c *k"], z: Float[Array, " c *space"], periodic: bool
+) -> Float[Array, " c *space"]:
+    padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[2:]]
     if periodic:
         z = jnp.pad(z, [(0, 0), *padding], mode="wrap")
         padding = "VALID"
@@ -283,7 +284,9 @@ def _convolve(kernel, z, periodic):
     return lax.conv_general_dilated(z[None], kernel, strides, padding)[0]
 
 
-def _symbol(kernel, space):
+def _symbol(
+    kernel: Float[Array, " c c *k"], space: tuple[int, ...]
+) -> Complex[Array, " f c c"]:
     """The matrix of a periodic convolution at every frequency."""
     channels = kernel.shape[:2]
     offsets = [
@@ -296,14 +299,14 @@ def _symbol(kernel, space):
     return jnp.moveaxis(symbol.reshape(*channels, -1), -1, 0)
 
 
-def _scale(factor, z):
+def _scale(factor: ScalarLike, z: Array) -> Array:
     return jnp.asarray(factor, z.dtype) * z
 
 
-def _uniform(key, shape, dtype):
+def _uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
     limit = 1 / math.sqrt(math.prod(shape[1:]))
     return jr.uniform(key, shape, dtype, -limit, limit)
 
 
-def _check_margin(margin):
+def _check_margin(margin: float) -> None:
     check_argument("margin", margin, margin > 0, "positive")

@@ -6,7 +6,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, ScalarLike
+from jaxtyping import Array, Scalar, ScalarLike
 
 from .._internal.checks import check_integer, check_number
 from .._internal.convolution import fast_convolutions
@@ -29,28 +29,26 @@ class SpectralNorm(AbstractParametrisation):
     r"""Spectral normalisation: a weight whose linear operator has a bounded two-norm.
 
     $w \min(1, \mathrm{bound} / \sigma(w))$, where $\sigma$ is the largest singular
-    value of what the layer does with the weight. A weight within the bound stays as it
-    is.
+    value of what the layer does with the weight (Gouk et al., *Regularisation of Neural
+    Networks by Enforcing Lipschitz Continuity*, 2018, algorithm 1). A weight within the
+    bound stays as it is.
 
-    The singular value is computed afresh from a fixed start, by Lanczos' method, so
-    that there is no state to keep. It is an estimate from below: with the default
-    `num_steps` by less than 0.1 % for random weights, so by that much the bound may be
-    exceeded. Its gradient is that of $u^T w v$ with the singular vectors held fixed,
-    which is exact at a singular value that is found (Miyato et al., *Spectral
-    Normalization for Generative Adversarial Networks*, 2018, equation 11).
-
-    Gouk et al., *Regularisation of Neural Networks by Enforcing Lipschitz Continuity*,
-    2018, algorithm 1, for the projection.
+    Lanczos' method computes the singular value from a fixed start every time, so that
+    there is no state to keep. The estimate is slightly too low, and the norm exceeds
+    the bound by as much: with the default `num_steps` by less than 0.1 % for random
+    weights. The gradient is that of $u^T w v$ with fixed singular vectors, which is
+    exact at an exact singular value (Miyato et al., *Spectral Normalization for
+    Generative Adversarial Networks*, 2018, equation 11).
 
     **Arguments:**
 
     - `weight`: the weight, an array or another parametrisation.
     - `bound`: the largest two-norm allowed.
-    - `num_steps`: the dimension of the Krylov space, at one product with the operator
-        and one with its transpose each.
+    - `num_steps`: the dimension of the Krylov space. Each one costs a product with the
+        operator and a product with its transpose.
     - `operator`: `operator(weight, x)`, linear in `x`; by default the product of a
         matrix with a vector.
-    - `in_shape`: the shape of `x`; `None` for that of a vector to go with a matrix.
+    - `in_shape`: the shape of `x`; `None` for the vector that goes with a matrix.
     """
 
     weight: Array | AbstractParametrisation
@@ -71,7 +69,7 @@ class SpectralNorm(AbstractParametrisation):
         factor = bound / jnp.maximum(norm, bound)
         return (factor * weight.astype(norm.dtype)).astype(weight.dtype)
 
-    def _norm(self, weight):
+    def _norm(self, weight: Array) -> Scalar:
         shape = weight.shape[1:] if self.in_shape is None else self.in_shape
         zeros = jnp.zeros(shape, weight.dtype)
         fixed = lax.stop_gradient(weight)
@@ -90,11 +88,11 @@ class SpectralNorm(AbstractParametrisation):
 
 
 class _LayerOperator(eqx.Module):
-    """What a layer does to its input but for the bias, as a function of its weight."""
+    """What a layer without its bias does to its input, as a function of its weight."""
 
     layer: Any
 
-    def __call__(self, weight, x):
+    def __call__(self, weight: Array, x: Array) -> Array:
         layer = replace_weight(self.layer, weight)
         if layer.use_bias:
             # Which fields are static, and `use_bias` is one, cannot be changed.
@@ -115,14 +113,14 @@ def spectral_norm(
     spatial_shape: Sequence[int] | None = None,
     num_steps: int = 20,
 ) -> _Cell:
-    """Spectral normalisation in every chosen layer of a cell.
+    """Bound the two-norm of every chosen layer of a cell.
 
-    The norm of a convolution is that of the convolution as an operator on inputs of one
-    spatial shape, with its strides, padding, dilation and groups; never that of its
-    kernel as a matrix, which can be smaller by a factor of the kernel's size. With
-    stride one and padding by zeros it grows with the shape, so that a large shape
-    bounds the smaller ones too. See [`implicitnets.nn.SpectralNorm`][] for what is done
-    to a weight, and [`implicitnets.nn.resolve`][] for when.
+    The norm of a convolution is that of the operator on inputs of one spatial shape,
+    with its strides, padding, dilation and groups. The norm of the kernel as a matrix
+    can be smaller by a factor of the kernel's size. With stride one and zero padding
+    the norm grows with the shape, so that a large shape bounds the smaller ones too.
+    [`implicitnets.nn.SpectralNorm`][] says what happens to a weight, and
+    [`implicitnets.nn.resolve`][] says when.
 
     ```python
     cell = inn.nn.spectral_norm(cell, bound=0.9, spatial_shape=(28, 28))
@@ -132,11 +130,11 @@ def spectral_norm(
     **Arguments:**
 
     - `cell`: any pytree.
-    - `filter`: as [`implicitnets.nn.weight_norm`][]; of Equinox' linear and
+    - `filter`: as [`implicitnets.nn.weight_norm`][]. It may choose Equinox' linear and
         convolutional layers.
     - `bound`: the largest two-norm allowed. Keyword only argument.
-    - `spatial_shape`: of the convolutions' input, without channels. Where a cell has
-        several, call this function once for each. Keyword only argument.
+    - `spatial_shape`: the shape of the convolutions' input, without channels. If there
+        are several, call this function once for each. Keyword only argument.
     - `num_steps`: as [`implicitnets.nn.SpectralNorm`][]. Keyword only argument.
 
     **Returns:**
@@ -145,11 +143,12 @@ def spectral_norm(
 
     **Raises:**
 
-    `ValueError` if no layer is chosen, or if a convolution is and `spatial_shape` does
-    not have its number of dimensions; `TypeError` if another kind of layer is.
+    `ValueError` if the filter chooses no layer, or a convolution whose number of
+    dimensions `spatial_shape` does not have; `TypeError` if it chooses another kind of
+    layer.
     """
 
-    def normalise(layer):
+    def normalise(layer: Any) -> SpectralNorm:
         return SpectralNorm(
             layer.weight,
             bound,
@@ -161,7 +160,9 @@ def spectral_norm(
     return parametrise(cell, filter, normalise)
 
 
-def _in_shape(layer, spatial_shape):
+def _in_shape(
+    layer: Any, spatial_shape: Sequence[int] | None
+) -> tuple[int, ...] | None:
     if not isinstance(layer, LINEAR_LAYERS):
         raise TypeError(
             "`spectral_norm` knows what Equinox' linear and convolutional layers do "

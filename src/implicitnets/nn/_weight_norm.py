@@ -21,15 +21,15 @@ LINEAR_LAYERS = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose)
 class WeightNorm(AbstractParametrisation):
     r"""Weight normalisation: a weight as the length and the direction of its rows.
 
-    $w = g \, v / \lVert v \rVert$ with the norm over all but the first axis, that of
-    the outputs. The weight does not change when it is taken apart. A row of zeros gets
-    the direction of a row of ones, so that it can be trained away from zero.
+    $w = g \, v / \lVert v \rVert$ with the norm over all axes but the first, that of
+    the outputs. The value of the weight is at first what it was. A row of zeros gets
+    the direction of a row of ones, so that training can move it away from zero.
 
     Salimans and Kingma, *Weight Normalization*, 2016.
 
     **Arguments:**
 
-    - `weight`: the weight, at first; an array or another parametrisation.
+    - `weight`: the first value of the weight, an array or another parametrisation.
 
     **Attributes:**
 
@@ -55,7 +55,7 @@ class WeightNorm(AbstractParametrisation):
         return (factors * direction.astype(norms.dtype)).astype(direction.dtype)
 
 
-def _row_norms(weight):
+def _row_norms(weight: Array) -> Array:
     axes = tuple(range(1, weight.ndim))
     squares = jnp.square(weight.astype(working_dtype(weight)))
     squares = jnp.sum(squares, axis=axes, keepdims=True)
@@ -67,8 +67,8 @@ def _row_norms(weight):
 def weight_norm(cell: _Cell, filter: Filter = LINEAR_LAYERS) -> _Cell:
     """Weight normalisation in every chosen layer of a cell.
 
-    See [`implicitnets.nn.WeightNorm`][] for what it does to a weight, and
-    [`implicitnets.nn.resolve`][] for when it is computed.
+    [`implicitnets.nn.WeightNorm`][] says what happens to a weight, and
+    [`implicitnets.nn.resolve`][] says when.
 
     ```python
     cell = inn.nn.weight_norm(cell)
@@ -80,9 +80,10 @@ def weight_norm(cell: _Cell, filter: Filter = LINEAR_LAYERS) -> _Cell:
     **Arguments:**
 
     - `cell`: any pytree.
-    - `filter`: which layers, of those with a `weight` of at least two dimensions: a
-        type or a tuple of types, by default Equinox' linear and convolutional layers;
-        or a function of a layer's path, such as `"block.layers.0"`, and the layer.
+    - `filter`: which layers to choose among those with a `weight` of at least two
+        dimensions. It is a type or a tuple of types, by default Equinox' linear and
+        convolutional layers; or a function of a layer's path, such as
+        `"block.layers.0"`, and the layer.
 
     **Returns:**
 
@@ -90,6 +91,6 @@ def weight_norm(cell: _Cell, filter: Filter = LINEAR_LAYERS) -> _Cell:
 
     **Raises:**
 
-    `ValueError` if no layer is chosen.
+    `ValueError` if the filter chooses no layer.
     """
     return parametrise(cell, filter, lambda layer: WeightNorm(layer.weight))

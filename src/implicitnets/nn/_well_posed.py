@@ -14,10 +14,10 @@ from ._infinity_norm import InfinityNorm
 class WellPosedCell(eqx.Module):
     r"""The cell $\phi(A z + B x + b)$ of implicit deep learning, with one equilibrium.
 
-    The infinity-norm of $A$ is bounded below one by [`implicitnets.nn.InfinityNorm`][],
-    and $\phi$ acts on every entry without expanding, so that the cell is a contraction:
-    for every input there is exactly one equilibrium, and plain iteration converges to
-    it by the factor `bound` a step.
+    [`implicitnets.nn.InfinityNorm`][] bounds the infinity-norm of $A$ below one, and
+    $\phi$ acts on every entry without expanding. So the cell is a contraction: every
+    input has exactly one equilibrium, and plain iteration converges to it by the factor
+    `bound` in each step.
 
     El Ghaoui et al., *Implicit Deep Learning*, 2021, section 2.2.
 
@@ -25,10 +25,11 @@ class WellPosedCell(eqx.Module):
 
     - `in_size`: the size of the input, a vector.
     - `size`: the size of the state, a vector.
-    - `bound`: of the infinity-norm; below one. Keyword only argument.
+    - `bound`: the bound of the infinity-norm, below one. Keyword only argument.
     - `activation`: $\phi$, any function of single entries with slopes between minus one
         and one. Keyword only argument.
-    - `dtype`: of the parameters; `None` for JAX' default. Keyword only argument.
+    - `dtype`: the dtype of the parameters; `None` for JAX' default. Keyword only
+        argument.
     - `key`: for the initialisation. Keyword only argument.
 
     **Raises:**

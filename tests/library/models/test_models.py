@@ -43,6 +43,7 @@ TINY_MDEQ = MDEQConfig(
 )
 
 
+@ft.cache
 def structs(make, config):
     """A model that takes no memory."""
     return eqx.filter_eval_shape(eqx.nn.make_with_state(make), config, key=jr.key(0))

@@ -55,7 +55,7 @@ def make_layer(name, solver, **kwargs) -> inn.DeepEquilibriumNetwork:
     return inn.DeepEquilibriumNetwork(
         make_cell(name, **kwargs),
         solver,
-        init=lambda x: jnp.zeros(SHAPES[name], x.dtype),
+        zero_state=lambda x: jnp.zeros(SHAPES[name], x.dtype),
         max_steps=5000,
     )
 

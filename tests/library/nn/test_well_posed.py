@@ -18,7 +18,7 @@ def test_every_input_has_one_equilibrium():
         lambda c: c.weight.weight, cell, 1e3 * jr.normal(jr.key(1), (8, 8))
     )
     solver = optx.FixedPointIteration(1e-5, 1e-5)
-    deq = inn.DeepEquilibriumNetwork(cell, solver, init=lambda x: jnp.zeros(8))
+    deq = inn.DeepEquilibriumNetwork(cell, solver, zero_state=lambda x: jnp.zeros(8))
     x = 10 * make_vector(3)
     z0s = 100 * jr.normal(jr.key(2), (4, 8))
     sols = eqx.filter_jit(lambda d: jax.vmap(lambda z0: d.solve(x, z0=z0))(z0s))(deq)

@@ -65,7 +65,9 @@ class Upsample(eqx.Module):
         return x.reshape(channels, height * self.factor, width * self.factor)
 
 
-def _mapping_layer(source, target, config, key):
+def _mapping_layer(
+    source: int, target: int, config: MDEQConfig, key: PRNGKeyArray
+) -> eqx.nn.Sequential | eqx.nn.Identity:
     """From scale `source` to scale `target`."""
     in_channels, out_channels = config.channels[source], config.channels[target]
     if source == target:
@@ -91,7 +93,9 @@ def _mapping_layer(source, target, config, key):
     return eqx.nn.Sequential(layers)
 
 
-def _post_fuse_layer(channels, config, key):
+def _post_fuse_layer(
+    channels: int, config: MDEQConfig, key: PRNGKeyArray
+) -> eqx.nn.Sequential:
     norm = eqx.nn.GroupNorm(
         config.groups // 2, channels, channelwise_affine=config.post_fuse_affine
     )
@@ -99,11 +103,10 @@ def _post_fuse_layer(channels, config, key):
 
 
 class MDEQCell(eqx.Module):
-    """Residual blocks at every scale, whose results are then fused across the scales.
+    """Residual blocks at every scale, whose results are then fused across scales."""
 
-    Its input is of the structure of the state, so that solves can start at zeros like
-    it. It enters at the finest scale alone.
-    """
+    # Its input has the structure of the state, so that solves can start at zeros like
+    # it, or at the input itself. The cell sees the finest scale of it alone.
 
     layers: MultiScaleCell
 

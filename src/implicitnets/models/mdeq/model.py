@@ -19,7 +19,14 @@ _SOLVER = Broyden(rtol=1e-3, atol=1e-6)
 _MAX_STEPS = 18
 
 
-def _make_deq(config, solver, adjoint, max_steps, *, key):
+def _make_deq(
+    config: MDEQConfig,
+    solver: Solver | dfx.AbstractSolver,
+    adjoint: optx.AbstractAdjoint,
+    max_steps: int,
+    *,
+    key: PRNGKeyArray,
+) -> DeepEquilibriumNetwork:
     cell = MDEQCell(config, key=key)
     return DeepEquilibriumNetwork(cell, solver, adjoint=adjoint, max_steps=max_steps)
 

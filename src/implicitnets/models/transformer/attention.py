@@ -70,7 +70,7 @@ class RelativeAttention(eqx.Module):
         gathered = jnp.einsum("hqk,khf->qhf", weights, values)
         return jax.vmap(self.out)(gathered.reshape(num_queries, -1))
 
-    def _visible(self, x, num_keys) -> Bool[Array, "1 query key"]:
+    def _visible(self, x: Segment, num_keys: int) -> Bool[Array, "1 query key"]:
         memory_length = num_keys - x.injection.shape[0]
         query = jnp.arange(memory_length, num_keys)[:, None]
         key = jnp.arange(num_keys)[None, :]
@@ -79,15 +79,15 @@ class RelativeAttention(eqx.Module):
         return ((distance >= 0) & (distance < self.local_size) & is_there)[None]
 
 
-def _scores(queries, keys):
+def _scores(
+    queries: Float[Array, "query head feature"], keys: Float[Array, "key head feature"]
+) -> Float[Array, "head query key"]:
     return jnp.einsum("qhf,khf->hqk", queries, keys)
 
 
 def _shift(scores: Float[Array, "head query key"]) -> Float[Array, "head query key"]:
-    """From scores by distance to scores by key: row `i` from the end moves by `i`.
-
-    What comes in from the row below is ahead of the query and so not visible.
-    """
+    """From scores by distance to scores by key: row `i` from the end moves by `i`."""
+    # What comes in from the row below is ahead of the query and so not visible.
     num_heads, num_queries, num_keys = scores.shape
     scores = jnp.pad(scores, ((0, 0), (0, 0), (1, 0)))
     scores = scores.reshape(num_heads, num_keys + 1, num_queries)[:, 1:]

@@ -11,12 +11,12 @@ from .config import TransformerConfig
 from .segment import Segment
 
 
-def _layer_norm(x):
+def _layer_norm(x: Float[Array, "position width"]) -> Float[Array, "position width"]:
     return jax.nn.standardize(x, axis=-1, epsilon=1e-5)
 
 
 class TransformerCell(eqx.Module):
-    """One layer of a transformer, the input of which is injected into its attention."""
+    """One layer of a transformer whose input is injected into its attention."""
 
     attention: RelativeAttention
     expand: eqx.nn.Linear

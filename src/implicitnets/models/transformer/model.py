@@ -20,14 +20,14 @@ from .config import TransformerConfig
 from .segment import Memory, Segment
 
 
-def _zero_state(x):
+def _zero_state(x: Segment) -> Float[Array, "query width"]:
     return jnp.zeros((x.injection.shape[0], x.memory.z.shape[1]), x.memory.z.dtype)
 
 
 class DEQTransformer(eqx.Module):
     """A language model of infinitely many equal transformer layers, with a memory.
 
-    Sees one segment of one sequence at a time, and hands on the memory:
+    It sees one segment of one sequence at a time, and returns the memory for the next:
 
     ```python
     model = eqx.filter_jit(DEQTransformer)(TransformerConfig(vocab_size=27), key=key)
@@ -75,7 +75,7 @@ class DEQTransformer(eqx.Module):
             config.width, projections, use_bias=True, key=inject_key
         )
         self.deq = DeepEquilibriumNetwork(
-            cell, solver, init=_zero_state, adjoint=adjoint, max_steps=max_steps
+            cell, solver, zero_state=_zero_state, adjoint=adjoint, max_steps=max_steps
         )
         self.softmax = AdaptiveSoftmax(config, key=softmax_key)
         self.config = config
@@ -108,7 +108,7 @@ class DEQTransformer(eqx.Module):
         **Arguments:**
 
         - `tokens`: the segment.
-        - `memory`: of the segments before.
+        - `memory`: the memory of the segments before.
         - `key`: for dropout.
 
         **Returns:**
@@ -183,7 +183,7 @@ class DEQTransformer(eqx.Module):
         **Arguments:**
 
         - `tokens`: the segment.
-        - `memory`: of the segments before.
+        - `memory`: the memory of the segments before.
         - `key`: for dropout.
 
         **Returns:**

@@ -3,16 +3,16 @@ from jaxtyping import Array, Float, Int
 
 
 class Memory(eqx.Module):
-    """What a segment sees of those before it.
+    """What a segment sees of the segments before it.
 
-    As long from the start as it ever gets, so that a step is compiled once; what is not
-    there yet is masked.
+    It has its full length from the start, so that a step is compiled once; positions
+    that do not exist yet are masked.
 
     **Attributes:**
 
-    - `z`: equilibria at earlier positions.
-    - `injection`: what was injected there.
-    - `num_positions`: how many of the last positions are there.
+    - `z`: the equilibria at earlier positions.
+    - `injection`: what was injected at these positions.
+    - `num_positions`: how many of the last positions exist.
     """
 
     z: Float[Array, "memory width"]
@@ -25,8 +25,9 @@ class Segment(eqx.Module):
 
     **Attributes:**
 
-    - `memory`: of the segments before.
-    - `injection`: at the positions of this one, into queries, keys and values.
+    - `memory`: the memory of the segments before.
+    - `injection`: what is injected into queries, keys and values at the positions of
+        this segment.
     - `distance`: the embedding of how far back a key is, from the farthest to zero.
     """
 
