@@ -29,9 +29,8 @@ def less_work(tables: Tables) -> str:
     for where in distinct(tables["rows"], "data", "solver"):
         plain, skip = (rows[f"{where}, {m}"] for m in ("plain", "Skip-regularised"))
         told.append(
-            f"{where}: {number(plain['evaluations'])} and "
-            f"{number(skip['evaluations'])}, at {plain['accuracy (%)']:.1f} and "
-            f"{skip['accuracy (%)']:.1f} %"
+            f"{where}: {plain['evaluations']:.1f} and {skip['evaluations']:.1f} "
+            f"({plain['accuracy (%)']:.1f} and {skip['accuracy (%)']:.1f} %)"
         )
     return "; ".join(told)
 
@@ -42,9 +41,9 @@ def flat_memory(tables: Tables) -> str:
     told = []
     for name in ("implicit", "plain iteration, unrolled"):
         sizes = [row[MEMORY] for row in rows if row["adjoint"] == name]
-        told.append(f"{name}: {span(sizes)} MB")
+        told.append(f"{name} {span(sizes)} MB")
     steps = distinct(rows, "steps")
-    return f"from {min(steps)} to {max(steps)} steps, " + "; ".join(told)
+    return f"{'; '.join(told)} (from {min(steps)} to {max(steps)} steps)"
 
 
 def cheap_gradients(tables: Tables) -> str:
@@ -59,7 +58,7 @@ def cheap_gradients(tables: Tables) -> str:
         rows = [row for row in tables["rows"] if row["adjoint"] == name]
         ratios = [row[BACKWARD] / exact[row["problem"]] for row in rows]
         errors = [row["gradient error"] for row in rows]
-        told.append(f"{name}: {span(ratios)}, with an error of {span(errors)}")
+        told.append(f"{name} {span(ratios)} (error {span(errors)})")
     return "; ".join(told)
 
 
@@ -67,7 +66,7 @@ def continuous(tables: Tables) -> str:
     """The backward passes of neural ODEs next to a continuous DEQ's."""
     deq = next(row for row in tables["rows"] if row["kind"] == "continuous DEQ")
     return "; ".join(
-        f"{row['model']}: {number(row[BACKWARD] / deq[BACKWARD])}"
+        f"{row['model']} {number(row[BACKWARD] / deq[BACKWARD])}"
         for row in tables["rows"]
         if row["kind"] == "neural ODE"
     )
@@ -98,8 +97,8 @@ def speed(tables: Tables) -> str:
         worst = min(found, key=lambda row: row[RATIO])
         median = statistics.median(row[RATIO] for row in found)
         told.append(
-            f"{library}: {number(median)}, least {number(worst[RATIO])} "
-            f"({worst['problem']}), of {len(found)} problems"
+            f"{library} {number(median)} (least of {len(found)}: "
+            f"{number(worst[RATIO])}, {worst['problem']})"
         )
     return "; ".join(told)
 
@@ -107,25 +106,25 @@ def speed(tables: Tables) -> str:
 ROWS: tuple[tuple[str, str, Callable[[Tables], str]], ...] = (
     (
         "skip",
-        "**Less work in use**: cell evaluations and accuracy of a plain DEQ and of a "
-        "Skip-regularised one",
+        "**Less work in use**: cell evaluations (and accuracy) of a plain and of a "
+        "Skip-regularised DEQ",
         less_work,
     ),
     (
         "gradients",
-        "**Flat memory**: gradient of a ResNet cell",
+        "**Flat memory**: temporary memory of a gradient of a ResNet cell",
         flat_memory,
     ),
     (
         "gradients",
-        "**Cheap gradients**: backward pass relative to the exact adjoint's, at "
+        "**Cheap gradients**: backward-pass time relative to the exact adjoint, at "
         "spectral radius 0.99",
         cheap_gradients,
     ),
     (
         "neural_ode",
-        "**Continuous DEQs**: backward pass of a neural ODE of the same cell and "
-        "weights, relative to a continuous DEQ's",
+        "**Continuous DEQs**: backward-pass time of a neural ODE relative to a "
+        "continuous DEQ of the same cell and weights",
         continuous,
     ),
     (
@@ -135,8 +134,8 @@ ROWS: tuple[tuple[str, str, Callable[[Tables], str]], ...] = (
     ),
     (
         "peers",
-        "**Speed**: solve and gradient with the fastest method of another library, "
-        "relative to implicitnets: the median over the problems, and the least",
+        "**Speed**: time of a solve and its gradient with another library relative to "
+        "implicitnets, the median of all problems and the least",
         speed,
     ),
 )

@@ -114,9 +114,9 @@ def test_headline_is_what_was_measured(tmp_path):
     start, end = ("<!-- --8<-- [start:headline] -->", "<!-- --8<-- [end:headline] -->")
     lines = page[page.index(start) : page.index(end)].splitlines()[3:]
     assert len(lines) == 2
-    assert "digits, Broyden: 18 and 6, at 96.0 and 96.5 %" in lines[0]
+    assert "digits, Broyden: 18.0 and 6.0 (96.0 and 96.5 %)" in lines[0]
     assert "#skip-and-skip-regularised-against-plain)" in lines[0]
-    assert "banax: 3, least 0.92 (easy), of 3 problems" in lines[1]
+    assert "banax 3 (least of 3: 0.92, easy)" in lines[1]
 
 
 def test_failed_section_does_not_stop_the_others(tmp_path):
