@@ -1,3 +1,5 @@
+"""What is written down of a solve while it runs."""
+
 import abc
 from typing import Any
 
@@ -5,26 +7,15 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, ScalarLike
+
+from .types import Fn, Norm, Options, Stats, Tags
 
 
 class AbstractObserver(eqx.Module):
-    """What to write down of a solve while it runs: see [`observe`][]."""
-
     @abc.abstractmethod
-    def init(self, y: PyTree[Array], args: Any, stats: dict[str, Any]) -> PyTree[Array]:
-        """The notes before the first step.
-
-        **Arguments:**
-
-        - `y`: the initial guess.
-        - `args`: those of the solve.
-        - `stats`: the solver's statistics so far.
-
-        **Returns:**
-
-        The notes, a pytree of arrays.
-        """
+    def init(self, y: PyTree[Array], args: Any, stats: Stats) -> PyTree[Array]:
+        """The notes before the first step, from the solver's statistics by then."""
 
     @abc.abstractmethod
     def update(
@@ -33,21 +24,9 @@ class AbstractObserver(eqx.Module):
         num_steps: Int[Array, ""],
         y: PyTree[Array],
         args: Any,
-        stats: dict[str, Any],
+        stats: Stats,
     ) -> PyTree[Array]:
-        """The notes after a step.
-
-        **Arguments:**
-
-        - `notes`: those so far.
-        - `num_steps`: how many steps there were, this one included.
-        - `y`: the iterate after the step.
-        - `args`, `stats`: as in `init`.
-
-        **Returns:**
-
-        The new notes.
-        """
+        """The notes after a step that led to `y`, which `num_steps` includes."""
 
 
 class _ObservedState(eqx.Module):
@@ -61,24 +40,41 @@ class _AbstractObserved(optx.AbstractIterativeSolver):
     observer: eqx.AbstractVar[AbstractObserver]
 
     @property
-    def rtol(self):
+    def rtol(self) -> ScalarLike:
         return self.solver.rtol
 
     @property
-    def atol(self):
+    def atol(self) -> ScalarLike:
         return self.solver.atol
 
     @property
-    def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def norm(self) -> Norm:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.solver.norm
 
-    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+    def init(
+        self,
+        fn: Fn,
+        y: PyTree[Array],
+        args: Any,
+        options: Options,
+        f_struct: PyTree,
+        aux_struct: PyTree,
+        tags: Tags,
+    ) -> _ObservedState:
         state = self.solver.init(fn, y, args, options, f_struct, aux_struct, tags)
         aux = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), aux_struct)
         stats = self._stats(fn, y, aux, args, options, state, tags)
         return _ObservedState(state, jnp.array(0), self.observer.init(y, args, stats))
 
-    def step(self, fn, y, args, options, state, tags):
+    def step(
+        self,
+        fn: Fn,
+        y: PyTree[Array],
+        args: Any,
+        options: Options,
+        state: _ObservedState,
+        tags: Tags,
+    ) -> tuple[PyTree[Array], _ObservedState, Any]:
         y, solver_state, aux = self.solver.step(
             fn, y, args, options, state.solver_state, tags
         )
@@ -87,21 +83,49 @@ class _AbstractObserved(optx.AbstractIterativeSolver):
         notes = self.observer.update(state.notes, num_steps, y, args, stats)
         return y, _ObservedState(solver_state, num_steps, notes), aux
 
-    def terminate(self, fn, y, args, options, state, tags):
+    def terminate(
+        self,
+        fn: Fn,
+        y: PyTree[Array],
+        args: Any,
+        options: Options,
+        state: _ObservedState,
+        tags: Tags,
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
         return self.solver.terminate(fn, y, args, options, state.solver_state, tags)
 
-    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+    def postprocess(
+        self,
+        fn: Fn,
+        y: PyTree[Array],
+        aux: Any,
+        args: Any,
+        options: Options,
+        state: _ObservedState,
+        tags: Tags,
+        result: optx.RESULTS,
+    ) -> tuple[PyTree[Array], Any, Stats]:
         y, aux, stats = self.solver.postprocess(
             fn, y, aux, args, options, state.solver_state, tags, result
         )
         return y, aux, {**stats, "notes": state.notes}
 
-    def _stats(self, fn, y, aux, args, options, state, tags):
+    def _stats(
+        self,
+        fn: Fn,
+        y: PyTree[Array],
+        aux: Any,
+        args: Any,
+        options: Options,
+        state: Any,
+        tags: Tags,
+    ) -> Stats:
         # The public way to ask a solver for its statistics.
         result = optx.RESULTS.successful
-        return self.solver.postprocess(fn, y, aux, args, options, state, tags, result)[
-            2
-        ]
+        _, _, stats = self.solver.postprocess(
+            fn, y, aux, args, options, state, tags, result
+        )
+        return stats
 
 
 # Optimistix goes by the class of a solver, so there is one for every kind.
@@ -134,16 +158,7 @@ _OBSERVED: dict[type, Any] = {
 
 
 def observed(solver_or_state: Any) -> Any:
-    """What an observer was put around: the solver, or its state.
-
-    **Arguments:**
-
-    - `solver_or_state`: a solver or its state, observed or not.
-
-    **Returns:**
-
-    The solver or the state itself.
-    """
+    """The solver or the state within; those that are not observed are returned."""
     while isinstance(solver_or_state, _AbstractObserved):
         solver_or_state = solver_or_state.solver
     while isinstance(solver_or_state, _ObservedState):
@@ -152,21 +167,7 @@ def observed(solver_or_state: Any) -> Any:
 
 
 def observe(solver: Any, observer: AbstractObserver) -> Any:
-    """A solver that takes the same steps, and writes something down after each.
-
-    **Arguments:**
-
-    - `solver`: any Optimistix solver.
-    - `observer`: what to write down.
-
-    **Returns:**
-
-    A solver of the same kind. The notes are in its statistics, as `notes`.
-
-    **Raises:**
-
-    `TypeError` for what is no solver.
-    """
+    """A solver that takes the same steps and has notes on each in its statistics."""
     for kind, wrapper in _OBSERVED.items():
         if isinstance(solver, kind):
             return wrapper(solver, observer)

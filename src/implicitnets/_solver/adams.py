@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import diffrax as dfx
 import equinox as eqx
@@ -8,6 +8,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
+
+from .._internal.types import BoolScalarLike, RealScalarLike
 
 
 def _scale(a: Scalar, x: PyTree[Array]) -> PyTree[Array]:
@@ -36,21 +38,21 @@ class _AdamsState(eqx.Module):
 class VCABM3(dfx.AbstractAdaptiveSolver):
     """The variable-coefficient Adams-Bashforth-Moulton method of order 3.
 
-    A linear multistep predictor-corrector method (PECE) with two evaluations a step:
-    the Adams-Bashforth formula of order 2 predicts, the Adams-Moulton formula of order
+    A linear multistep predictor-corrector method (PECE) with two evaluations a step.
+    The Adams-Bashforth formula of order 2 predicts, the Adams-Moulton formula of order
     3 corrects, and the difference to the Adams-Moulton formula of order 2 estimates the
     error. Its coefficients follow from the divided differences of the vector field over
-    the last steps, whatever their lengths. The first step, which has no step before it,
-    is one of order 2. Uses 3rd-order Hermite interpolation for dense/ts output. Bears
-    the name that it has in `OrdinaryDiffEq.jl`.
+    the last steps, whatever their lengths. The first step has no step before it, and is
+    of order 2. Uses 3rd-order Hermite interpolation for dense/ts output. The method has
+    the same name in `OrdinaryDiffEq.jl`.
 
-    The step size that it needs is bounded by its region of stability, which is small,
-    as it is for any explicit method: the step size times an eigenvalue of the Jacobian
-    of the vector field must stay above -2.4 on the real axis, and closer to zero off
-    it. For `dz/dt = f(z) - z` that is a step size of 1.35, 1.03 or 0.98 if the
-    spectral radius of `f` is 0.5, 0.9 or 0.99. Beyond it a solve with a constant step
-    size blows up; a step-size controller finds it. (The explicit method of order 3,
-    `VCAB3` there, evaluates once a step but needs steps of 0.36, 0.28 or 0.27.)
+    As for any explicit method, the region of stability bounds the step size. The step
+    size times an eigenvalue of the Jacobian of the vector field must stay above -2.4 on
+    the real axis, and closer to zero off it. For `dz/dt = f(z) - z` that is a step size
+    of 1.35, 1.03 or 0.98 if the spectral radius of `f` is 0.5, 0.9 or 0.99. With a
+    larger constant step size a solve blows up; a step-size controller finds the bound.
+    (The explicit method of order 3, `VCAB3` in `OrdinaryDiffEq.jl`, evaluates once a
+    step but needs steps of 0.36, 0.28 or 0.27.)
 
     **Arguments:** None.
 
@@ -76,14 +78,23 @@ class VCABM3(dfx.AbstractAdaptiveSolver):
         Callable[..., dfx.ThirdOrderHermitePolynomialInterpolation]
     ] = dfx.ThirdOrderHermitePolynomialInterpolation
 
-    def order(self, terms):
+    def order(self, terms: PyTree) -> int:
         del terms
         return 3
 
-    def func(self, terms, t0, y0, args):
+    def func(
+        self, terms: dfx.AbstractTerm, t0: RealScalarLike, y0: PyTree[Array], args: Any
+    ) -> PyTree[Array]:
         return terms.vf(t0, y0, args)
 
-    def init(self, terms, t0, t1, y0, args):
+    def init(
+        self,
+        terms: dfx.AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: PyTree[Array],
+        args: Any,
+    ) -> _AdamsState:
         return _AdamsState(
             field=self.func(terms, t0, y0, args),
             difference=jtu.tree_map(jnp.zeros_like, y0),
@@ -91,7 +102,18 @@ class VCABM3(dfx.AbstractAdaptiveSolver):
             has_previous=jnp.array(False),
         )
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+    def step(
+        self,
+        terms: dfx.AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: PyTree[Array],
+        args: Any,
+        solver_state: _AdamsState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[
+        PyTree[Array], PyTree[Array], dict[str, PyTree[Array]], _AdamsState, dfx.RESULTS
+    ]:
         f0 = solver_state.field
         old = solver_state.has_previous
         if made_jump is not False:

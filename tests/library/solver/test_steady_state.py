@@ -77,7 +77,6 @@ def test_every_solver_reaches_the_steady_state(ode_solver):
 
 
 def test_few_evaluations():
-    """The problem that the docstring of `PseudoTransient` has the figures of."""
     weight = make_matrix(64, 0.9)
     xs = 0.1 * jnp.stack([make_vector(64, seed) for seed in range(8)])
     solver = inn.SteadyState(dfx.Tsit5(), rtol=1e-4, atol=0.0)
@@ -194,11 +193,10 @@ def test_a_root_finder_of_ones_own_keeps_its_tolerances():
     root_finder = dfx.VeryChord(rtol=1e-3, atol=1e-5, norm=optx.rms_norm)
     solver: Any = inn.SteadyState(dfx.Kvaerno3(root_finder=root_finder))
     cell, x, z0 = dense_problem()
-    fn = eqx.filter_closure_convert(lambda z, x: (cell(z, x) - z, None), z0, x)
-    state = solver.init(fn, z0, x, {}, None, None, frozenset())
-    assert solver._inner_solver(state).root_finder == root_finder
+    field, dt = cell(z0, x) - z0, jnp.ones(())
+    assert solver._inner_solver(field, dt).root_finder == root_finder
     solver = inn.SteadyState(dfx.Kvaerno3())
-    left_open = solver._inner_solver(state).root_finder
+    left_open = solver._inner_solver(field, dt).root_finder
     assert left_open.norm is optx.two_norm
     assert left_open.atol == two_norm(cell(z0, x))
 
