@@ -1,7 +1,6 @@
-"""`python docs/front_page.py`: the figure of the front page, the README's headline."""
+"""`python docs/front_page.py`: draw the figure of the front page."""
 
 import pathlib
-import re
 import runpy
 
 import matplotlib.pyplot as plt
@@ -10,21 +9,12 @@ from implicitnets import plot
 
 
 DOCS = pathlib.Path(__file__).parent
-README = DOCS.parent / "README.md"
-HEADLINE = re.compile(r"(?<=\[start:headline\] -->\n).*?(?=\n<!-- --8<-- \[end)", re.S)
 STYLES = {"light": "default", "dark": "dark_background"}
 # Those whose cost is all in the evaluations: no Jacobian, no products with it.
 SOLVERS = ("Anderson", "Broyden", "plain iteration", "VCABM3", "Tsit5")
 
 
-def headline() -> str:
-    """The report's headline, with links that work in the README."""
-    table = HEADLINE.findall((DOCS / "report.md").read_text())[0]
-    table = re.sub(" {2,}", " ", re.sub("-{3,}", "---", table))
-    return table.replace("](report.md", "](docs/report.md")
-
-
-def draw() -> None:
+def main() -> None:
     traces = runpy.run_path(str(DOCS / "tutorials" / "solvers.py"))["traces"]
     for scheme, style in STYLES.items():
         options = {"legend.frameon": False, "svg.hashsalt": scheme}
@@ -37,5 +27,4 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(HEADLINE.sub(lambda _: headline(), README.read_text()))
-    draw()
+    main()

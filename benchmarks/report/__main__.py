@@ -1,4 +1,4 @@
-"""Runs the benchmarks, and writes the pages of the documentation on what they found.
+"""Runs the benchmarks, and writes the pages of the documentation on them.
 
 Each section is a script in a process of its own; one that fails or takes too long says
 so on the page, and the others go on. What was found is in one JSON file, from which the
@@ -21,6 +21,7 @@ from typing import Literal
 import tyro
 
 from ..kit.results import Settings
+from . import readme
 from .exhibits import Section
 from .headline import headline
 from .page import Page, Record, render
@@ -203,6 +204,8 @@ def main() -> None:
         print(f"{record['status']}, {record['seconds']:.0f} s", flush=True)
     page = config.output_dir / f"{config.page}.md"
     page.write_text(render(PAGES[config.page], records, folder))
+    if config.page == "report" and config.output_dir == DOCS:
+        readme.update(DOCS.parent / "README.md", page.read_text())
     print(f"Written in {time.perf_counter() - start:.0f} s: {page}")
 
 

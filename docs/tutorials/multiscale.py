@@ -108,8 +108,10 @@ def make_layer(key):
 
 
 # %% [markdown]
-# The state is a tuple of arrays, and so are the start, the residual and the
-# equilibrium. Any solver and any adjoint works on it.
+# The result is an `inn.DeepEquilibriumNetwork` of an `inn.MultiScaleCell`, whose
+# `zero_state` makes zeros of the `state_shapes`. The state is a tuple of arrays, and so
+# are the start, the residual and the equilibrium. Any solver and any adjoint works on
+# it.
 
 # %%
 deq = make_layer(jr.key(0))
