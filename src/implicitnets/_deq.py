@@ -222,9 +222,9 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     z = jax.vmap(deq)(xs)
     ```
 
-    One example in, one equilibrium out: batches by `jax.vmap`, under which every
-    example is solved on its own. A cell that couples examples (batch statistics,
-    graphs) is solved on the whole batch instead, by calling the layer on the batch.
+    It takes one example and returns one equilibrium. `jax.vmap` makes it take a batch,
+    and solves every example on its own. If the cell couples examples (batch statistics,
+    graphs), call the layer on the whole batch instead.
 
     Bai et al., *Deep Equilibrium Models*, 2019.
 
@@ -272,10 +272,10 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
 class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     """An equilibrium layer whose solve starts where an explicit network predicts.
 
-    With an `init` this is the Skip DEQ. Without one it is the Skip Reg. DEQ, whose
-    prediction is one application of the cell to the zero state and so has no parameters
-    of its own. Train with [`implicitnets.skip_penalty`][], which draws the prediction
-    and the equilibrium together, and the solve gets shorter.
+    With an `init` this is the Skip DEQ. Without one it is the Skip Reg. DEQ, which
+    predicts by one application of the cell to the zero state and has no further
+    parameters. Train with [`implicitnets.skip_penalty`][]: it draws the prediction and
+    the equilibrium together, which shortens the solve.
 
     Pal et al., *Mixing Implicit and Explicit Deep Learning with Skip DEQs and Infinite
     Time Neural ODEs*, 2022, section 3.

@@ -48,11 +48,11 @@ class ImplicitAdjoint(AbstractReportingAdjoint):
     solve.
 
     **Cost:** as many Jacobian products as the linear solver takes. The default, GMRES
-    with a restart of 20, is close to the fastest on most problems, and the shortest
-    restart of those compared that also solved a map that expands; for such maps choose
-    a longer one. Anderson acceleration, by [`implicitnets.FixedPointLinearSolver`][],
-    needs half of the memory, and its gradients are less accurate at the same
-    tolerance. The [report](../report.md) has the figures.
+    with a restart of 20, is close to the fastest on most problems. Choose a longer
+    restart for a map that expands. Anderson acceleration, by
+    [`implicitnets.FixedPointLinearSolver`][], needs half of the memory, and its
+    gradients are less accurate at the same tolerance. The
+    [report](../report.md#linear-solvers-of-the-implicit-adjoint) compares them.
 
     **Arguments:**
 

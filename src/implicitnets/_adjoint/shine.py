@@ -23,10 +23,10 @@ class ShineAdjoint(AbstractReportingAdjoint):
     [`implicitnets.Broyden`][] ends with an estimate of the inverse Jacobian at the
     root. Applying it takes two passes over the solver's history and no Jacobian product
     (Ramzi et al., *SHINE: SHaring the INverse Estimate from the forward pass for
-    bi-level optimization and implicit models*, 2022, section 2.1). With
-    `refinement_steps`, so many steps of GMRES follow, which start at the estimated
-    solution and have the inverse as their right preconditioner (the paper, in section
-    2.3, continues with the iterative solve that it would make without an estimate).
+    bi-level optimization and implicit models*, 2022, section 2.1). Then
+    `refinement_steps` steps of GMRES follow. They start at the estimated solution, with
+    the inverse as the right preconditioner. (The paper refines by another iterative
+    solve, section 2.3.)
 
     Works in forward mode, in reverse mode and to any order, though the estimate is no
     better in a second derivative than in a first.
@@ -39,7 +39,7 @@ class ShineAdjoint(AbstractReportingAdjoint):
     [`implicitnets.JacobianFreeAdjoint`][] uses everywhere. Every step of refinement
     lessens the residual and brings the gradient closer in direction to the exact one;
     the first may add to its error, since it scales the estimate down. The
-    [report](../report.md) compares SHINE with the other inexact adjoints.
+    [report](../report.md#every-adjoint) compares SHINE with the other inexact adjoints.
 
     **Memory:** one evaluation of the function, the forward solve's history (two states
     for each of its `history_size` steps), and with refinement `refinement_steps + 2`

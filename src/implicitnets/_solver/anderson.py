@@ -89,9 +89,9 @@ class AndersonAcceleration(
     with the least residual of all that were evaluated. The statistics have `nfe`, the
     number of evaluations.
 
-    In this difference form a history that has become linearly dependent is left out,
-    and the step falls back to the plain iteration's; the form with coefficients that
-    sum to one falls back to the average of the history instead, which is slower.
+    If the history becomes linearly dependent, this difference form leaves it out and
+    takes a plain step. The form with coefficients that sum to one takes the average of
+    the history, which is slower.
 
     **Arguments:**
 

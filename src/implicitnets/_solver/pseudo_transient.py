@@ -34,9 +34,9 @@ class PseudoTransient(dfx.AbstractStepSizeController):
     implicit solver also grow by the factor by which the residual falls, if that is more
     (switched evolution relaxation), and do not grow while the residual does.
 
-    It takes about as many evaluations as the best constant step size, which depends on
-    the problem and beyond which a solve does not converge, and fewer than
-    `diffrax.PIDController`.
+    It takes about as many evaluations as the best constant step size, and fewer than
+    `diffrax.PIDController`. The best constant step size depends on the problem, and
+    larger steps do not converge.
 
     Works in `diffrax.diffeqsolve` too (where `diffrax.steady_state_event` then needs
     tolerances of its own).

@@ -83,13 +83,13 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
 
     The statistics are `num_accepted_steps`, `num_rejected_steps`, `final_time` and, for
     the explicit Runge-Kutta methods, `diffrax.Euler` and [`implicitnets.VCABM3`][],
-    `nfe`, the evaluations of the function. It is not known how many the inner solves of
-    an implicit solver take.
+    `nfe`, the evaluations of the function. The inner solves of an implicit solver do
+    not count theirs.
 
-    An implicit solver factorises the Jacobian, a dense matrix of the size of the state,
-    in every step. (That is what Diffrax's default root finder does. Its tolerances are
-    set here to the current residual unless you have set them.) It takes very few steps,
-    but each pays only for a small state.
+    In every step, an implicit solver factorises the Jacobian, a dense matrix of the
+    size of the state. (Diffrax' default root finder does this. Its tolerances follow
+    the current residual unless you have set them.) It takes very few steps, which are
+    expensive unless the state is small.
 
     **Arguments:**
 
@@ -100,9 +100,8 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         tolerances of its own, as `diffrax.PIDController` does, the residual of an
         explicit solver falls to about these and hovers there: choose them a good deal
         smaller than `rtol` and `atol`, or have `with_pid_controller` derive them. With
-        an implicit solver, a controller with a method `adapt_to_growth`, as
-        [`implicitnets.PseudoTransient`][] has, is asked that instead of
-        `adapt_step_size`.
+        an implicit solver, a method `adapt_to_growth` of the controller, as of
+        [`implicitnets.PseudoTransient`][], is called instead of `adapt_step_size`.
     - `dt0`: the size of the first step. The time scale of `f(z) - z` is 1.
     """
 
@@ -163,8 +162,8 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         The controller is a `diffrax.PIDController` with a tenth of `rtol`, and a tenth
         of `atol` or of `rtol / 100`, whichever is larger. Use it where the path itself
         matters: the path is then followed to that accuracy. It takes more evaluations
-        than [`implicitnets.PseudoTransient`][], the default, the more so the tighter
-        the tolerance.
+        than the default, [`implicitnets.PseudoTransient`][], above all at tight
+        tolerances.
 
         **Arguments:**
 
