@@ -25,7 +25,8 @@ from .kit.timing import progress, time_calls
 
 
 RTOL = 1e-4
-
+# A state of more elements is too large for its Jacobian to be factorised.
+LARGEST_FACTORISED = 100
 
 # From easy to hard: random and symmetric matrices, and a network's cell.
 PROBLEMS: dict[str, Callable[[], Problem]] = {
@@ -47,10 +48,6 @@ class Config(TimingSettings):
     """How many examples to solve."""
     problems: tuple[str, ...] = tuple(PROBLEMS)
     """Which problems to solve."""
-
-
-# A state of more elements is too large for its Jacobian to be factorised.
-LARGEST_FACTORISED = 100
 
 
 def linear_solvers(size: int) -> dict[str, lx.AbstractLinearSolver]:

@@ -1,8 +1,8 @@
-"""How do time and memory grow with state, batch, history and devices, and to compile?
+"""How do time, memory and compilation grow with state, batch, history and devices?
 
-The solve and its gradient on the dense cell of `problems.py`, one size varied at a
-time. The devices are simulated: parts of this machine's cores, so that they show what
-sharding costs rather than what it gains.
+A solve and its gradient on the dense cell, where one size varies at a time. The devices
+are simulated: they are parts of this machine's cores, and show what sharding costs, not
+what it gains.
 """
 
 import dataclasses

@@ -55,7 +55,8 @@ def dots(
             for row in chosen
             if row.get(value) is not None
         ]
-        axis.plot(*np.reshape(points, (-1, 2)).T, marker, label=key, alpha=0.8)
+        if points:
+            axis.plot(*zip(*points, strict=True), marker, label=key, alpha=0.8)
     axis.set(xscale="log", xlabel=unit, ylim=(len(names) - 0.5, -0.5))
     plain_ticks(axis.xaxis)
     axis.set_yticks(range(len(names)), names)

@@ -70,12 +70,13 @@ def pivot(
 ) -> list[Row]:
     """A line for every value of `index`, with `value` for every value of `column`.
 
-    Where there is no value, a word or two say why.
+    A word or two say why a value is missing. A column without any is left out.
     """
+    measured = {row[column] for row in rows if row.get(value) is not None}
     lines: dict[Any, Row] = {
         key: {", ".join(index): key} for key in distinct(rows, *index)
     }
-    for row in rows:
+    for row in (row for row in rows if row[column] in measured):
         shown = row.get(value)
         lines[joined(row, *index)][row[column]] = (
             reason(row) if shown is None else shown

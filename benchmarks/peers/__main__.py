@@ -1,13 +1,12 @@
 """How fast is the library next to its peers, at the same weights and tolerance?
 
-Every library runs in a process of its own, with the interpreter that has it: the one
-given by `--python NAME=PATH`, the others with this one, and those that cannot be
-imported there are left out. All are timed in turns, what takes seconds once, and only
-what has passed its check: residual and gradient against a float64 reference.
+Every library runs in a process of its own, with the interpreter that `--python
+NAME=PATH` gives, or else with this one. A library that cannot be imported is left out.
+The repeats of all methods alternate, and a call that takes seconds is timed once. Only
+a method whose residual and gradient agree with a float64 reference has a time.
 
-A first result is that of a process that has imported everything and compiled nothing,
-of the solve and of the gradient alike. Temporary memory is what XLA plans for, so that
-only the JAX libraries have it.
+A first result includes all compilation, and no imports. Temporary memory is what XLA
+plans, so only the JAX libraries have it.
 """
 
 import dataclasses

@@ -144,12 +144,17 @@ ROWS: tuple[tuple[str, str, Callable[[Tables], str]], ...] = (
 def headline(records: Records) -> list[Row]:
     """A row for everything that has been measured, with a link to its section."""
     anchors = {section.name: section.anchor for section in SECTIONS}
+    measured = {
+        name: record["tables"]
+        for name, record in records.items()
+        if record["status"] == "ok" and not record["quick"]
+    }
     return [
         {
             "what": what,
-            "measured": tell(records[name]["tables"]),
+            "measured": tell(measured[name]),
             "where": f"[report](report.md#{anchors[name]})",
         }
         for name, what, tell in ROWS
-        if records.get(name, {}).get("status") == "ok"
+        if name in measured
     ]

@@ -26,8 +26,7 @@ SECTIONS = (
             ),
             by_problem(
                 "discrete_vs_continuous",
-                "Time of a solve and its gradient (ms); the map of radius 1.2 has many "
-                "equilibria, and so no reference for a gradient",
+                "Time of a solve and its gradient (ms)",
                 ("kind", "method"),
                 GRADIENT,
                 "ms",

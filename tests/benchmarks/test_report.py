@@ -255,6 +255,7 @@ def test_pivot_names_what_failed():
         {"method": "a", "problem": "q"},
         {"method": "b", "problem": "p", "result": "not run: dense Jacobian"},
         {"method": "b", "problem": "q", "ms": 2.0},
+        {"method": "a", "problem": "nothing is measured"},
     ]
     assert pivot(rows, index=("method",), column="problem", value="ms") == [
         {"method": "a", "p": 1.0, "q": "failed"},
