@@ -1,8 +1,12 @@
 """The rules that the code base keeps: see CONTRIBUTING.md."""
 
+import abc
+import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import diffrax as dfx
@@ -27,21 +31,104 @@ def all_modules() -> list[type[eqx.Module]]:
             yield child
             yield from descendants(child)
 
-    found = {c for c in descendants(eqx.Module) if c.__module__.startswith("implicitn")}
-    return sorted(found, key=lambda cls: cls.__qualname__)
+    return [c for c in {*descendants(eqx.Module)} if is_ours(c)]
 
 
-def is_abstract(cls: type) -> bool:
-    return inspect.isabstract(cls) or bool(getattr(cls, "__abstractvars__", ()))
+def is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("implicitnets.")
 
 
-@pytest.mark.parametrize("cls", all_modules(), ids=lambda cls: cls.__name__)
-def test_abstract_or_final(cls):
-    for parent in cls.__mro__[1:]:
-        if issubclass(parent, eqx.Module) and parent is not eqx.Module:
-            assert is_abstract(parent) or not vars(parent).get("__annotations__"), (
-                f"{cls.__name__} subclasses the concrete {parent.__name__}"
-            )
+def parents(cls: type) -> list[type[eqx.Module]]:
+    found = [c for c in cls.__mro__[1:] if issubclass(c, eqx.Module)]
+    return [c for c in found if c is not eqx.Module]
+
+
+def abstract_attributes(cls: type[eqx.Module]) -> frozenset[str]:
+    return cls.__abstractvars__ | cls.__abstractclassvars__
+
+
+def is_abstract(cls: type[eqx.Module]) -> bool:
+    return inspect.isabstract(cls) or bool(abstract_attributes(cls))
+
+
+def own_names(cls: type) -> set[str]:
+    """What a class defines itself, but for what Python and Equinox make."""
+    return {
+        name
+        for name in vars(cls)
+        if name == "__call__" or not (name.startswith("__") or name == "_abc_impl")
+    }
+
+
+def concrete_names(cls: type[eqx.Module]) -> set[str]:
+    methods = {
+        name
+        for name in own_names(cls)
+        if not getattr(vars(cls)[name], "__isabstractmethod__", False)
+    }
+    return methods - abstract_attributes(cls)
+
+
+def not_abstract_or_final(
+    classes: Iterable[type[eqx.Module]],
+    is_bound: Callable[[type], bool] = is_ours,
+) -> Iterator[str]:
+    """Concrete classes that are subclassed, and what is defined more than once.
+
+    Other libraries have defaults that are there to be overridden, hence `is_bound`.
+    """
+    for cls in classes:
+        for parent in parents(cls):
+            if not is_abstract(parent):
+                yield f"{cls.__name__} subclasses the concrete {parent.__name__}"
+            if is_bound(parent):
+                for name in sorted(own_names(cls) & concrete_names(parent)):
+                    yield f"{cls.__name__}.{name} overrides that of {parent.__name__}"
+
+
+def test_abstract_or_final():
+    assert list(not_abstract_or_final(all_modules())) == []
+
+
+class _AbstractShape(eqx.Module):
+    sides: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def area(self): ...
+
+    def describe(self):
+        return f"{self.sides} sides, area {self.area()}"
+
+
+class _Square(_AbstractShape):
+    sides: int = 4
+
+    def area(self):
+        return 1.0
+
+
+class _Loud(_AbstractShape):
+    sides: int = 3
+
+    def area(self):
+        return 2.0
+
+    def describe(self):
+        return "!"
+
+
+# A parent with nothing annotated, and nothing overridden.
+class _Unit(_Square):
+    def side(self):
+        return 1.0
+
+
+def test_what_is_not_abstract_or_final_is_found():
+    found = not_abstract_or_final((_Square, _Loud, _Unit), lambda _: True)
+    assert list(found) == [
+        "_Loud.describe overrides that of _AbstractShape",
+        "_Unit subclasses the concrete _Square",
+    ]
 
 
 def public_values() -> dict[str, Any]:
@@ -54,17 +141,28 @@ def public_values() -> dict[str, Any]:
     }
 
 
+def undocumented_fields(cls: type) -> list[str]:
+    if not dataclasses.is_dataclass(cls):
+        return []
+    source = inspect.getsource(cls)
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if not re.search(rf'^    {field.name}: .*\n    """', source, re.MULTILINE)
+    ]
+
+
 @pytest.mark.parametrize("name", public_values())
 def test_public_docstrings(name):
-    """A summary line, the arguments of what takes any, and methods' own docstrings."""
+    """A summary line, and the arguments of what takes any, there or at each field."""
     value = public_values()[name]
     doc = inspect.getdoc(value)
     assert doc is not None
     summary, *rest = doc.split("\n")
     assert summary.endswith(".") and (not rest or rest[0] == "")
     if inspect.isclass(value):
-        has_fields = bool(vars(value).get("__annotations__"))
-        assert not has_fields or "**Arguments:**" in doc or "**Attributes:**" in doc
+        lists_fields = "**Arguments:**" in doc or "**Attributes:**" in doc
+        assert lists_fields or not undocumented_fields(value)
     else:
         has_arguments = bool(inspect.signature(value).parameters)
         assert ("**Arguments:**" in doc) == has_arguments and "**Returns:**" in doc
