@@ -1,21 +1,6 @@
 import importlib.metadata
 import os
 
-
-# Compiling is most of the time of the tests, and these two halve it: without LLVM's
-# optimisations, and without XLA's fusion emitters on CPU. A flag that XLA does not know
-# ends the process, and later versions do not know the second one. Before JAX starts,
-# and for the processes that tests start.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false"
-        if importlib.metadata.version("jaxlib").startswith("0.10.")
-        else "",
-    )
-)
-
 import equinox.internal as eqxi
 import jax
 import pytest
@@ -27,12 +12,37 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_compilation_cache", False)
 
 
+def runs_with_defaults(config: pytest.Config) -> bool:
+    return config.getoption("markexpr") == "xla_defaults"
+
+
+def pytest_configure(config):
+    """Leave out XLA's optimisations, but for the tests of what they make of us.
+
+    Compiling is most of the time of the tests, and this halves it: without LLVM's
+    optimisations, and without XLA's fusion emitters on CPU. XLA reads the flags when
+    JAX makes its first array, and so do the processes that tests start. A flag that it
+    does not know ends the process, and later versions do not know the second one.
+    """
+    if runs_with_defaults(config):
+        return
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Run what is marked as independent of the precision in float32 only."""
-    if jax.config.jax_enable_x64:
-        once = [item for item in items if item.get_closest_marker("one_precision")]
-        config.hook.pytest_deselected(items=once)
-        items[:] = [item for item in items if item not in set(once)]
+    """Run only once what does not depend on the precision, or has XLA's defaults."""
+
+    def is_left_out(item):
+        once = item.get_closest_marker("one_precision") and jax.config.jax_enable_x64
+        defaults = item.get_closest_marker("xla_defaults") is not None
+        return once or defaults != runs_with_defaults(config)
+
+    left_out = [item for item in items if is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture

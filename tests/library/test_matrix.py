@@ -46,20 +46,21 @@ def make_layer(kind, cell_name, solver):
         parts = scaled(multiscale_layers(sizes, key=key))
         init = [eqx.nn.Linear(4, size, key=init_key) for size in sizes]
         shapes = [(size,) for size in sizes]
-        plain = ft.partial(inn.MultiScaleDeepEquilibriumNetwork, *parts, solver)
-        skip = ft.partial(inn.SkipMultiScaleDeepEquilibriumNetwork, *parts, solver)
-        plain, skip = (ft.partial(kind, state_shapes=shapes) for kind in (plain, skip))
+        plain, skip = (
+            ft.partial(kind, *parts, solver, state_shapes=shapes)
+            for kind in (
+                inn.MultiScaleDeepEquilibriumNetwork,
+                inn.SkipMultiScaleDeepEquilibriumNetwork,
+            )
+        )
         xs = jr.normal(x_key, (3, 4))
     else:
-        if cell_name == "dense":
-            make, xs = ft.partial(eqx.nn.Linear, 2, 2), jr.normal(x_key, (3, 2))
-        else:
-            make, xs = (
-                ft.partial(eqx.nn.Conv2d, 3, 3, 1),
-                jr.normal(x_key, (3, 3, 3, 3)),
-            )
+        make, shape = {
+            "dense": (ft.partial(eqx.nn.Linear, 2, 2), (3, 2)),
+            "conv": (ft.partial(eqx.nn.Conv2d, 3, 3, 1), (3, 3, 3, 3)),
+        }[cell_name]
         cell = scaled(SumCell(*(make(key=k) for k in jr.split(key))))
-        init = make(key=init_key)
+        init, xs = make(key=init_key), jr.normal(x_key, shape)
         plain = ft.partial(inn.DeepEquilibriumNetwork, cell, solver)
         skip = ft.partial(inn.SkipDeepEquilibriumNetwork, cell, solver)
     match kind:

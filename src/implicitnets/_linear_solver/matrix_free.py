@@ -1,7 +1,8 @@
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -24,7 +25,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
     """
 
     # The names of those that it takes.
-    _options: ClassVar[tuple[str, ...]] = ()
+    _options: eqx.AbstractClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
     def _solve(

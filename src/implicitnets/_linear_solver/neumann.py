@@ -39,6 +39,7 @@ class NeumannSeries(AbstractMatrixFreeSolver):
     - `damping`: the weight of the identity; 0 for none.
     """
 
+    _options: ClassVar[tuple[str, ...]] = ()
     # That `num_steps` is the number of products.
     counts_products: ClassVar[bool] = True
 

@@ -29,7 +29,7 @@ from ..helpers import tolerance
 from ..training import cross_entropy, fit, num_parameters, over_batch
 
 
-@pytest.mark.one_precision
+@pytest.mark.xla_defaults
 def test_causal_transformer():
     """The overfitting test of deq-jax, at its sizes: below 0.1 in a hundred steps."""
     config = CausalTransformerConfig(100, length=29, width=32, num_heads=8)
