@@ -94,26 +94,26 @@ class _AbstractShape(eqx.Module):
     sides: eqx.AbstractVar[int]
 
     @abc.abstractmethod
-    def area(self): ...
+    def area(self) -> float: ...
 
-    def describe(self):
+    def describe(self) -> str:
         return f"{self.sides} sides, area {self.area()}"
 
 
 class _Square(_AbstractShape):
     sides: int = 4
 
-    def area(self):
+    def area(self) -> float:
         return 1.0
 
 
 class _Loud(_AbstractShape):
     sides: int = 3
 
-    def area(self):
+    def area(self) -> float:
         return 2.0
 
-    def describe(self):
+    def describe(self) -> str:
         return "!"
 
 
