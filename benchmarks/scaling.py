@@ -33,13 +33,13 @@ class Config(TimingSettings):
     """Vary one size at a time."""
 
     states: tuple[int, ...] = (64, 256, 1024)
-    """Sizes of the state."""
+    """Which sizes of the state to time."""
     batches: tuple[int, ...] = (1, 8, 64, 512)
-    """Sizes of the batch."""
+    """Which sizes of the batch to time."""
     histories: tuple[int, ...] = (2, 5, 10, 20)
-    """Sizes of a solver's history."""
+    """Which sizes of a solver's history to time."""
     devices: tuple[int, ...] = (1, 2, 4)
-    """Numbers of simulated devices that share a batch."""
+    """How many simulated devices share a batch, in each row."""
 
 
 def methods(problem: Problem, **options: int) -> list[Method]:

@@ -30,7 +30,7 @@ class Settings:
     """The options that every script has."""
 
     output_dir: pathlib.Path = pathlib.Path(__file__).parents[1] / "results"
-    """Folder that the JSON file is written to."""
+    """The folder that the JSON file is written to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TimingSettings(Settings):
     """The options of the scripts that time calls."""
 
     repeats: int = 9
-    """Timed repeats of every row; the median is shown."""
+    """How often every row is timed. The table has the median."""
 
 
 def save(settings: Settings, name: str, tables: Tables) -> None:

@@ -60,7 +60,7 @@ class Config(TimingSettings):
     )
     """Which problems to solve."""
     limit: float = 60.0
-    """Seconds that a method may take for its first result, or for a timed call."""
+    """How many seconds a method may take for its first result, or for a timed call."""
 
 
 def bare_loop(problem: Problem, row: Row) -> Callable[[], Any]:
