@@ -1,6 +1,5 @@
 """What holds for every tutorial without running it; the documentation runs them."""
 
-import ast
 import pathlib
 import re
 
@@ -29,10 +28,6 @@ def cells(script, kind):
         marker, _, text = part.partition("\n")
         if kind == ("Markdown" if "[markdown]" in marker else "code"):
             yield text
-
-
-def test_parses(script):
-    ast.parse(script)
 
 
 def test_begins_with_its_only_title(script):

@@ -14,7 +14,6 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 import implicitnets as inn
-from implicitnets._internal.pytree import tree_dot
 
 
 def is_double() -> bool:
@@ -166,7 +165,8 @@ def loss_weights(tree: PyTree[Array]) -> PyTree[Array]:
 
 
 def weighted_sum(tree: PyTree[Array], weights: PyTree[Array]) -> Array:
-    return tree_dot(tree, weights)
+    products = jtu.tree_map(lambda x, weight: jnp.sum(weight * x), tree, weights)
+    return sum(jtu.tree_leaves(products), start=jnp.zeros(()))
 
 
 @eqx.filter_jit
