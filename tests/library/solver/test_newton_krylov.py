@@ -203,6 +203,21 @@ def test_forcing_spares_products():
     assert int(inexact.stats["num_matvecs"]) < 0.7 * int(exact.stats["num_matvecs"])
 
 
+@pytest.mark.parametrize(
+    "linear_solver", (lx.GMRES(1e-6, 0.0, restart=2), inn.GivensGMRES(1e-6, 0.0))
+)
+def test_forces_any_linear_solver_that_has_a_tolerance(linear_solver):
+    """By its own tolerance it would solve the linear problem in one step."""
+    args = make_matrix(20, 0.9, symmetric=True), make_vector(20)
+    num_steps = []
+    for forcing in (0.5, 1e-6):
+        solver = NewtonKrylov(1e-4, 0.0, linear_solver=linear_solver, forcing=forcing)
+        sol = solve(linear_map, solver, jnp.zeros(20), args)
+        assert sol.result == optx.RESULTS.successful
+        num_steps.append(int(sol.stats["num_steps"]))
+    assert num_steps[0] > num_steps[1] == 2
+
+
 def test_vmap_is_alone():
     matrix = make_matrix(10, 0.95)
     # From one that is solved at once to one that takes many shortened steps, and one
@@ -280,6 +295,7 @@ def test_traced_hyperparameters_do_not_recompile():
         lx.AutoLinearSolver(well_posed=None),
         lx.GMRES(1e-3, 1e-3),
         inn.GivensGMRES(0.5, 0.0, restart=2),
+        inn.NeumannSeries(10),
     ),
 )
 def test_any_linear_solver(linear_solver):
@@ -287,7 +303,7 @@ def test_any_linear_solver(linear_solver):
     solver = NewtonKrylov(1e-5, 0.0, linear_solver=linear_solver)
     sol = solve(cell, solver, zeros_like(x), x)
     assert sol.result == optx.RESULTS.successful
-    tells = isinstance(linear_solver, inn.GivensGMRES)
+    tells = isinstance(linear_solver, inn.GivensGMRES | inn.NeumannSeries)
     assert ("num_matvecs" in sol.stats) == tells
 
 
