@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .pytree import working_dtype
 
@@ -23,18 +23,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 def empty_history(
     num_rows: int, vector: PyTree[Array], dtype: Any = None
 ) -> PyTree[Array]:
-    """A history of zeros.
-
-    **Arguments:**
-
-    - `num_rows`: how many vectors it has room for.
-    - `vector`: what they look like.
-    - `dtype`: in which dtype to keep them; `None` for that of `vector`.
-
-    **Returns:**
-
-    The history.
-    """
+    """Zeros with room for vectors like this one, in `dtype` or in the vector's own."""
     return jtu.tree_map(
         lambda x: jnp.zeros((num_rows, x.size), x.dtype if dtype is None else dtype),
         vector,
@@ -42,21 +31,9 @@ def empty_history(
 
 
 def history_set(
-    history: PyTree[Array], row: Any, vector: PyTree[Array]
+    history: PyTree[Array], row: int | Int[Array, ""], vector: PyTree[Array]
 ) -> PyTree[Array]:
-    """Replace one vector of a history.
-
-    **Arguments:**
-
-    - `history`: the history.
-    - `row`: which vector; in place where it is the same for a whole batch (see
-        [`Unfrozen`][]).
-    - `vector`: the new one; cast to the dtype of the history.
-
-    **Returns:**
-
-    The new history.
-    """
+    """Replace one vector, in place where `row` is the same for a whole batch."""
 
     def replace(matrix, x):
         x = x.reshape(-1).astype(matrix.dtype)
@@ -65,19 +42,10 @@ def history_set(
     return jtu.tree_map(replace, history, vector)
 
 
-def history_get(history: PyTree[Array], row: Any, like: PyTree[Array]) -> PyTree[Array]:
-    """One vector of a history.
-
-    **Arguments:**
-
-    - `history`: the history.
-    - `row`: which vector.
-    - `like`: what it looks like.
-
-    **Returns:**
-
-    The vector, in the dtype of the history.
-    """
+def history_get(
+    history: PyTree[Array], row: int | Int[Array, ""], like: PyTree[Array]
+) -> PyTree[Array]:
+    """One vector, in the shape of another and the dtype of the history."""
 
     def get(matrix, x):
         flat = jax.lax.dynamic_index_in_dim(matrix, row, keepdims=False)
@@ -87,17 +55,7 @@ def history_get(history: PyTree[Array], row: Any, like: PyTree[Array]) -> PyTree
 
 
 def history_dot(history: PyTree[Array], vector: PyTree[Array]) -> Float[Array, " rows"]:
-    """The inner products of every vector of a history with one vector.
-
-    **Arguments:**
-
-    - `history`: the history.
-    - `vector`: the vector.
-
-    **Returns:**
-
-    One inner product a row, in the working dtype.
-    """
+    """The inner products of every vector with one, in the working dtype."""
     dtype = working_dtype(vector)
 
     # A product with a matrix, not multiply and sum: three to six times as fast on CPU.
@@ -112,18 +70,7 @@ def history_dot(history: PyTree[Array], vector: PyTree[Array]) -> Float[Array, "
 def history_combine(
     coefficients: Float[Array, " rows"], history: PyTree[Array], like: PyTree[Array]
 ) -> PyTree[Array]:
-    """The linear combination of the vectors of a history.
-
-    **Arguments:**
-
-    - `coefficients`: one a row.
-    - `history`: the history.
-    - `like`: what a vector looks like.
-
-    **Returns:**
-
-    A vector, in the dtype of the coefficients.
-    """
+    """The linear combination of the vectors, in the dtype of the coefficients."""
     dtype = coefficients.dtype
 
     def combine(matrix, x):

@@ -29,14 +29,10 @@ _Free = TypeVar("_Free")
 
 
 class Unfrozen(eqx.Module, Generic[_Value]):
-    """Marks a part of a [`while_loop`][]'s carry as free to change after the end.
+    """Marks a part of a loop's carry as free to change after the end.
 
     A counter that is marked is the same for every example of a batch, so that a write
     at it is an in-place slice and not a scatter, and a branch on it stays a branch.
-
-    **Arguments:**
-
-    - `value`: any pytree of arrays.
     """
 
     value: _Value
@@ -70,20 +66,7 @@ def while_loop(
     *,
     max_steps: int | Int[Array, ""] | None = None,
 ) -> _Carry:
-    """As `jax.lax.while_loop`, at full speed under `vmap`.
-
-    An example that has finished keeps its carry, except for what is wrapped in
-    [`Unfrozen`][].
-
-    **Arguments:**
-
-    - `cond_fun`, `body_fun`, `init_val`: as `jax.lax.while_loop`.
-    - `max_steps`: the largest number of steps, traced or not; `None` for no bound.
-
-    **Returns:**
-
-    The final carry.
-    """
+    """As `jax.lax.while_loop`, at full speed under `vmap`."""
     init_val = jtu.tree_map(jnp.asarray, init_val)
 
     def any_active(carry):
@@ -113,23 +96,11 @@ def while_loop(
 
 
 def materialise(value: _Value, counter: Int[Array, ""]) -> _Value:
-    """Have a value in memory before anything reads it.
-
-    XLA on CPU fuses the end of a computation into every one of its readers, and so
-    computes it again in each: a group norm or a `tanh` at the end of a cell four times
-    a step. A branch is a border to fusion, where `optimization_barrier` is removed
-    before it.
-
-    **Arguments:**
-
-    - `value`: any pytree of arrays.
-    - `counter`: a number of at least zero that XLA does not know to be so, the same for
-        a whole batch.
-
-    **Returns:**
-
-    `value`.
-    """
+    """Have a value in memory before anything reads it; `counter` is the loop's."""
+    # XLA on CPU fuses the end of a computation into every one of its readers, and so
+    # computes it again in each: a group norm or a `tanh` at the end of a cell four
+    # times a step. A branch is a border to fusion, where `optimization_barrier` is
+    # removed before it. XLA does not know that the counter is never negative.
     return lax.cond(
         counter >= 0,
         lambda x: x,

@@ -12,7 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 from .._internal.checks import check_hyperparameter, check_integer, check_tolerances
 from .._internal.history import empty_history, history_combine, history_dot
 from .._internal.loop import Unfrozen
-from .._internal.pytree import tree_astype, tree_dot, working_dtype
+from .._internal.pytree import (
+    tree_astype,
+    tree_cast_like,
+    tree_dot,
+    working_dtype,
+)
 from .._internal.types import Stats
 from .abstract import AbstractSolver, Problem
 from .compact import (
@@ -52,20 +57,26 @@ class BroydenState(eqx.Module):
     updates: Unfrozen[Updates]
 
 
-class _Memory(eqx.Module):
-    """Of the last iterate that was not rejected (the base), and of the updates.
+class _Core(eqx.Module):
+    """Small things, in the order of the updates.
 
-    The projections are those of the base's residual on `Q`. `inverse` is that of `A` if
-    all updates are bad. All are in the order of the updates.
+    `projections` are those of the base's residual on `Q`. `inverse` is that of `A` if
+    all updates are bad.
     """
+
+    projections: Float[Array, " history"]
+    inverse: Float[Array, " history history"]
+    is_good: Bool[Array, " history"]
+
+
+class _Memory(eqx.Module):
+    """Of the base, which is the last iterate that was not rejected."""
 
     base: PyTree[Array]
     residual: PyTree[Array]
     residual_norm: Scalar
-    projections: Float[Array, " history"]
-    inverse: Float[Array, " history history"]
-    is_good: Bool[Array, " history"]
     num_backtracks: Int[Array, ""]
+    core: _Core
 
 
 def inverse_jacobian(state: BroydenState) -> InverseJacobian:
@@ -162,10 +173,12 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
             base=zeros,
             residual=zeros,
             residual_norm=jnp.array(jnp.inf, dtype),
-            projections=jnp.zeros(m, dtype),
-            inverse=jnp.zeros((m, m), dtype),
-            is_good=jnp.zeros(m, bool),
             num_backtracks=jnp.array(0),
+            core=_Core(
+                projections=jnp.zeros(m, dtype),
+                inverse=jnp.zeros((m, m), dtype),
+                is_good=jnp.zeros(m, bool),
+            ),
         )
         return kept, memory
 
@@ -193,13 +206,6 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
             progress,
             (progress.diverged & ~reject, progress.finite | reject),
         )
-        base, base_residual = jtu.tree_map(
-            lambda new, old: jnp.where(reject, old, new),
-            (z, residual),
-            (free.base, free.residual),
-        )
-
-        # Learn from the step.
         done, result = self._verdict(kept)
         finished = done | (result != optx.RESULTS.successful)
         stalled = num_stalled >= _STALLED_BEFORE_GOOD
@@ -207,61 +213,41 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
             free, z, residual, stalled, usable=(num_steps > 0) & ~reject
         )
         slot = (num_steps - 1) % self.history_size
-        updates = kept.updates.value
-        q, w = updates.remember(secant, slot, frozen=finished)
-        projections = jnp.roll(history_dot(q, residual), -slot - 1)
-        # Of the base on the rows that are left; a rejected step's row is zero.
-        old_projections = shift(free.projections, jnp.zeros((), dtype))
-        column = _new_column(secant, projections - old_projections)
-        projections = jnp.where(reject, old_projections, projections)
-        inverse = border_inverse(free.inverse, column, secant.usable)
-        is_good = shift(free.is_good, secant.good)
+        updates, core, weights = _learn(
+            kept.updates.value, free.core, secant, residual, slot, reject, finished
+        )
 
-        # Apply the inverse Jacobian to the base's residual.
-        def only_bad():
-            return jnp.zeros_like(column), matvec(inverse, projections)
-
-        def some_good():
-            row = secant.step_scale * history_dot(w, secant.step)
-            row = jnp.where(secant.good, jnp.roll(row, -slot - 1), 0)
-            return row, solve(border(updates.matrix, row, column), projections)
-
-        # Asked of the whole batch: with a batched predicate both branches are run.
-        any_good = eqxi.unvmap_any(jnp.any(is_good))
-        row, weights = jax.lax.cond(any_good, some_good, only_bad)
-        matrix = border(updates.matrix, row, column)
-        matrix = jnp.where(finished, updates.matrix, matrix)
         # A quarter of a step that has overflowed would overflow again. The value at the
         # base is finite, and plain iteration leads there.
         overflown = reject & overflown
         trusted = jnp.all(jnp.isfinite(weights)) & ~overflown
         weights = jnp.roll(jnp.where(trusted, weights, 0), slot + 1)
-        correction = history_combine(weights, w, residual)
+        correction = history_combine(weights, updates.w, residual)
+        base, base_residual = jtu.tree_map(
+            lambda new, old: jnp.where(reject, old, new),
+            (z, residual),
+            (free.base, free.residual),
+        )
         shorten = reject & ~overflown
-        new_y = jtu.tree_map(
-            lambda b, s, r, c, x: (
-                b + jnp.where(shorten, _BACKTRACK * s, r - c)
-            ).astype(x.dtype),
-            base,
+        direction = jtu.tree_map(
+            lambda s, r, c: jnp.where(shorten, _BACKTRACK * s, r - c),
             secant.step,
             base_residual,
             correction,
-            y,
         )
+        new_y = tree_cast_like(jtu.tree_map(jnp.add, base, direction), y)
         new_kept = BroydenState(
             progress=progress,
             num_stalled=num_stalled,
             num_rejected_steps=kept.num_rejected_steps + jnp.where(reject, 1, 0),
-            updates=Unfrozen(Updates(q, w, matrix)),
+            updates=Unfrozen(updates),
         )
         memory = _Memory(
             base=base,
             residual=base_residual,
             residual_norm=jnp.where(reject, free.residual_norm, residual_norm),
-            projections=projections,
-            inverse=inverse,
-            is_good=is_good,
             num_backtracks=jnp.where(reject, free.num_backtracks + 1, 0),
+            core=core,
         )
         return new_y, new_kept, memory, aux
 
@@ -317,6 +303,43 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
             "num_rejected_steps": kept.num_rejected_steps,
         }
         return kept.progress.best_y, aux, stats
+
+
+def _learn(
+    updates: Updates,
+    core: _Core,
+    secant: Secant,
+    residual: PyTree[Array],
+    slot: Int[Array, ""],
+    reject: Bool[Array, ""],
+    finished: Bool[Array, ""],
+) -> tuple[Updates, _Core, Float[Array, " history"]]:
+    """With a secant, and the weights in `W` of the correction at the base."""
+    q, w = updates.remember(secant, slot, frozen=finished)
+    projections = jnp.roll(history_dot(q, residual), -slot - 1)
+    # Those of the base on the rows that are left. The row of a rejected step is zero.
+    old_projections = shift(core.projections, jnp.zeros_like(secant.step_scale))
+    column = _new_column(secant, projections - old_projections)
+    core = _Core(
+        projections=jnp.where(reject, old_projections, projections),
+        inverse=border_inverse(core.inverse, column, secant.usable),
+        is_good=shift(core.is_good, secant.good),
+    )
+
+    def only_bad():
+        return jnp.zeros_like(column), matvec(core.inverse, core.projections)
+
+    def some_good():
+        row = secant.step_scale * history_dot(w, secant.step)
+        row = jnp.where(secant.good, jnp.roll(row, -slot - 1), 0)
+        return row, solve(border(updates.matrix, row, column), core.projections)
+
+    # Asked of the whole batch: with a batched predicate both branches are run.
+    any_good = eqxi.unvmap_any(jnp.any(core.is_good))
+    row, weights = jax.lax.cond(any_good, some_good, only_bad)
+    matrix = border(updates.matrix, row, column)
+    matrix = jnp.where(finished, updates.matrix, matrix)
+    return Updates(q, w, matrix), core, weights
 
 
 def _new_column(

@@ -19,22 +19,10 @@ _DIVERGENCE_FACTOR = 1e3
 
 
 def divergence_bound(f: PyTree[Array], residual_norm: Scalar, f_norm: Scalar) -> Scalar:
-    """The residual norm from which a solve that starts here counts as diverged.
-
-    1000 times the largest of the first residual norm, the first `norm(f(z))` and the
-    two-norm of a state of ones. The last is for a start close to an unstable point, as
-    zero is for `tanh(2 z)`: the solve leaves it as one that diverges does, by a
-    constant factor a step, and is at home at the scale of one.
-
-    **Arguments:**
-
-    - `f`: the map's value at the start.
-    - `residual_norm`, `f_norm`: the norms there.
-
-    **Returns:**
-
-    The bound.
-    """
+    """The residual norm from which a solve that starts here counts as diverged."""
+    # The norm of ones is for a start close to an unstable point, as zero is for
+    # `tanh(2 z)`. The solve leaves it as one that diverges does, by a constant factor a
+    # step, but its equilibrium is at the scale of one.
     ones_norm = math.sqrt(sum(leaf.size for leaf in jtu.tree_leaves(f)))
     scale = jnp.maximum(jnp.maximum(residual_norm, f_norm), ones_norm)
     return _DIVERGENCE_FACTOR * scale
@@ -44,7 +32,7 @@ class Progress(eqx.Module, Generic[_Y]):
     """What every solver of ours keeps: its best evaluated iterate, and its verdict.
 
     The stopping rule is `norm(f(z) - z) <= atol + rtol * norm(f(z))`. Iterates are
-    ranked by the residual norm in units of the right-hand side, so that the one for
+    ranked by the residual norm in units of the right-hand side, so that an iterate for
     which the rule holds is the best one.
 
     **Attributes:**
@@ -76,19 +64,7 @@ class Progress(eqx.Module, Generic[_Y]):
         atol: ScalarLike,
         norm: Callable[[PyTree[Array]], Scalar],
     ) -> "Progress[_Y]":
-        """Judge one evaluation.
-
-        **Arguments:**
-
-        - `y`: the iterate that was evaluated.
-        - `f`: the map's value there.
-        - `residual`: `f - y`.
-        - `rtol`, `atol`, `norm`: of the stopping rule.
-
-        **Returns:**
-
-        The progress with this evaluation taken into account.
-        """
+        """With the evaluation of the map at `y` taken into account."""
         dtype = self.error.dtype
         rtol = jnp.asarray(rtol, dtype)
         atol = jnp.asarray(atol, dtype)
@@ -126,17 +102,7 @@ class Progress(eqx.Module, Generic[_Y]):
     def verdict(
         self, stuck: Bool[Array, ""] | bool = False
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        """Whether to stop, and why: as `terminate` of an Optimistix solver returns it.
-
-        **Arguments:**
-
-        - `stuck`: whether the solver has no way to go on.
-
-        **Returns:**
-
-        A pair: true once the rule holds; `nonfinite`, `nonlinear_divergence` or
-        `stagnation` (each of which ends the solve), or `successful`.
-        """
+        """What `terminate` returns; `stuck` if the solver has no way to go on."""
         converged = self.converged & self.finite
         stagnation: Any = optx.RESULTS.stagnation  # Its type says that it is Lineax's.
         result = optx.RESULTS.where(
@@ -150,16 +116,7 @@ class Progress(eqx.Module, Generic[_Y]):
 
 
 def start_progress(y: _Y) -> Progress[_Y]:
-    """The progress of a solve that has evaluated nothing yet.
-
-    **Arguments:**
-
-    - `y`: the initial guess.
-
-    **Returns:**
-
-    A progress whose best iterate is the initial guess.
-    """
+    """The progress of a solve that has evaluated nothing yet."""
     infinity = jnp.array(jnp.inf, working_dtype(y))
     return Progress(
         best_y=y,

@@ -109,17 +109,7 @@ class ReversibleFixedPoint(
         return tree_cast_like(new_y, y), new_kept, pair, aux
 
     def mix(self, old: PyTree[Array], f: PyTree[Array]) -> PyTree[Array]:
-        """Half a step: the new state from an old one and the value at the other.
-
-        **Arguments:**
-
-        - `old`: the old state.
-        - `f`: the value.
-
-        **Returns:**
-
-        The new state.
-        """
+        """Half a step: the new state from an old one and the value at the other."""
 
         def leaf(x, f):
             damping = jnp.asarray(self.damping, x.dtype)
@@ -128,17 +118,7 @@ class ReversibleFixedPoint(
         return jtu.tree_map(leaf, old, f)
 
     def unmix(self, new: PyTree[Array], f: PyTree[Array]) -> PyTree[Array]:
-        """Half a step backwards.
-
-        **Arguments:**
-
-        - `new`: the new state.
-        - `f`: the value that was mixed into it.
-
-        **Returns:**
-
-        The old state, but for rounding.
-        """
+        """Half a step backwards: the old state, but for rounding."""
 
         def leaf(x, f):
             damping = jnp.asarray(self.damping, x.dtype)
@@ -158,15 +138,6 @@ class ReversibleFixedPoint(
 
 
 def start_pair(y: PyTree[Array]) -> Pair:
-    """Both sequences start at the initial guess.
-
-    **Arguments:**
-
-    - `y`: the initial guess.
-
-    **Returns:**
-
-    The pair.
-    """
+    """Both sequences start at the initial guess."""
     y = tree_astype(y, working_dtype(y))
     return Pair(y=y, z=y)
