@@ -16,6 +16,7 @@ there. What is lost is seen with plain iteration, whose rate is the slope itself
 """
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -31,6 +32,8 @@ import implicitnets as inn
 
 from .kit.results import save, Settings
 from .kit.tables import print_table, Row
+from .kit.timing import progress
+from .training.fit import Clock, descend, fit
 
 
 # Many more evaluations than any of the solves needs.
@@ -96,10 +99,17 @@ def make_data(
     return x, 1.5 * x**3 + x**2 - 5 * x + 2 * jnp.sin(x) - 3 + noise
 
 
-def train(config: Config, weight: Float[Array, ""], seed: Array) -> Cell:
-    """A cell trained with one weight of the penalty."""
-    data_key, cell_key, key = jr.split(jr.key(seed), 3)
-    xs, ys = make_data(config, config.train_size, key=data_key)
+def train(config: Config) -> Cell:
+    """Cells trained with every weight of the penalty, from every seed.
+
+    **Arguments:**
+
+    - `config`: the weights, how many seeds, and how long to train.
+
+    **Returns:**
+
+    The cells, with leading axes for the weights and the seeds.
+    """
     num_batches = config.train_size // config.batch_size
     schedule = optax.cosine_decay_schedule(
         config.learning_rate, config.epochs * num_batches
@@ -109,7 +119,7 @@ def train(config: Config, weight: Float[Array, ""], seed: Array) -> Cell:
     linear_solver = inn.GivensGMRES(rtol=1e-4, atol=0.0, max_steps=config.max_steps)
     adjoint = inn.ImplicitAdjoint(linear_solver)
 
-    def loss_fn(cell, x, y, key):
+    def loss_fn(cell, weight, x, y, key):
         deq = inn.DeepEquilibriumNetwork(
             cell, solver, adjoint=adjoint, max_steps=config.max_steps
         )
@@ -121,25 +131,57 @@ def train(config: Config, weight: Float[Array, ""], seed: Array) -> Cell:
             return jnp.mean(each(z, x, keys))
 
         regular = inn.sometimes(config.probability, penalty, key=key)
-        return jnp.mean((z - y) ** 2) + weight * regular
+        return jnp.mean((z - y) ** 2) + weight * regular, None
 
-    def step(carry, batch):
-        cell, state = carry
-        gradient = eqx.filter_grad(loss_fn)(cell, *batch)
-        updates, state = optimiser.update(gradient, state)
-        return (eqx.apply_updates(cell, updates), state), None
+    gradient_fn = eqx.filter_grad(loss_fn, has_aux=True)
 
-    def epoch(carry, key):
+    @jax.vmap
+    def start(seed):
+        data_key, cell_key, key = jr.split(jr.key(seed), 3)
+        cell: Any = Cell(config.hidden, key=cell_key)
+        state = optimiser.init(eqx.filter(cell, eqx.is_array))
+        data = make_data(config, config.train_size, key=data_key)
+        return (cell, state), data, jr.split(key, config.epochs)
+
+    @jax.vmap
+    def batches(key):
         order_key, key = jr.split(key)
         rows = jr.permutation(order_key, config.train_size)
         rows = rows[: num_batches * config.batch_size].reshape(num_batches, -1)
-        batches = xs[rows], ys[rows], jr.split(key, num_batches)
-        return jax.lax.scan(step, carry, batches)
+        return rows, jr.split(key, num_batches)
 
-    cell = Cell(config.hidden, key=cell_key)
-    start = cell, optimiser.init(eqx.filter(cell, eqx.is_array))
-    (cell, _), _ = jax.lax.scan(epoch, start, jr.split(key, config.epochs))
-    return cell
+    @eqx.filter_jit
+    def update(carry, batch, weights, data):
+        rows, keys = batch
+
+        def of_seed(carry, rows, key, weight, data):
+            xs, ys = data
+            batch = weight, xs[rows], ys[rows], key
+            return descend(gradient_fn, optimiser, *carry, *batch)[:2]
+
+        of_weight = jax.vmap(of_seed, in_axes=(0, 0, 0, None, 0))
+        every = jax.vmap(of_weight, in_axes=(0, None, None, 0, None))
+        return every(carry, rows, keys, weights, data)
+
+    carry, data, keys = start(jnp.arange(config.num_seeds))
+    weights = jnp.array(config.weights)
+    carry = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (len(weights), *leaf.shape)), carry
+    )
+
+    def every_batch():
+        for epoch in progress(range(config.epochs), "epochs"):
+            rows, batch_keys = batches(keys[:, epoch])
+            for i in range(num_batches):
+                yield rows[:, i], batch_keys[:, i]
+
+    (cells, _), _ = fit(
+        lambda carry, batch: (update(carry, batch, weights, data), None),
+        carry,
+        every_batch(),
+        Clock(),
+    )
+    return cells
 
 
 def evaluate(config: Config, cell: Cell) -> dict[str, dict[str, Array]]:
@@ -212,13 +254,9 @@ def compare(config: Config, runs: dict[str, dict[str, np.ndarray]]) -> list[Row]
 def main() -> None:
     config = tyro.cli(Config)
 
-    @jax.jit
-    @jax.vmap
-    def every_seed(weight):
-        seeds = jnp.arange(config.num_seeds)
-        return jax.vmap(lambda s: evaluate(config, train(config, weight, s)))(seeds)
-
-    runs = jax.tree.map(np.asarray, every_seed(jnp.array(config.weights)))
+    cells = train(config)
+    every_cell = jax.jit(jax.vmap(jax.vmap(lambda cell: evaluate(config, cell))))
+    runs = jax.tree.map(np.asarray, every_cell(cells))
     rows = compare(config, runs)
     print_table(f"Stopped after {config.max_steps} evaluations", rows)
     tables = {"rows": rows, "curves": curves(config, runs)}

@@ -8,7 +8,6 @@ solves, test accuracy.
 
 import dataclasses
 import pathlib
-import time
 from typing import Any, Literal
 
 import equinox as eqx
@@ -26,7 +25,8 @@ import implicitnets as inn
 from .kit.results import save, Settings
 from .kit.tables import print_table, Row
 from .kit.timing import progress
-from .tutorial import mnist
+from .training.data import Data, DataOptions, IGNORED, load
+from .training.fit import Clock, descend, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,76 +92,64 @@ def loss_fn(model_and_probe, images, labels):
     model, probe = model_and_probe
     logits, solution = jax.vmap(model)(images, probe)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    correct = jnp.argmax(logits, axis=1) == labels
-    failed = solution.result != optx.RESULTS.successful
-    diverged = (solution.result == optx.RESULTS.nonlinear_divergence) | (
-        solution.result == optx.RESULTS.nonfinite
-    )
-    found = jnp.mean(correct), solution.stats["num_steps"], failed, diverged
-    return jnp.mean(losses), found
+    loss = jnp.mean(losses)
+    return loss, {
+        "loss": loss,
+        "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels),
+        "steps": solution.stats["num_steps"],
+        "failed": solution.result != optx.RESULTS.successful,
+        "diverged": (solution.result == optx.RESULTS.nonlinear_divergence)
+        | (solution.result == optx.RESULTS.nonfinite),
+    }
 
 
-def run(config: Config, name: str, solver: Any) -> Row:
+def run(config: Config, name: str, solver: Any, data: Data) -> Row:
     """One epoch with one solver, and the test."""
-    train_set, test_set = (
-        part[:size]
-        for part, size in zip(
-            mnist.load_folder(config.data_dir, "fashion_mnist"),
-            (config.train_size, config.test_size),
-            strict=True,
-        )
-    )
     model = Classifier(config, solver, key=jr.key(0))
     optimiser = optax.adam(config.learning_rate)
-    state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
     probe = inn.AdjointReport.probe((config.batch_size,))
 
-    @eqx.filter_jit(donate="all")
-    def step(model, state, images, labels):
-        value_and_grad = eqx.filter_value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), found = value_and_grad((model, probe), images, labels)
-        gradient, backward = found
-        updates, state = optimiser.update(gradient, state)
-        metrics = loss, *metrics, backward.num_steps, ~backward.successful
-        return eqx.apply_updates(model, updates), state, metrics
+    def gradient_fn(model, images, labels):
+        gradients = eqx.filter_grad(loss_fn, has_aux=True)
+        (gradient, report), found = gradients((model, probe), images, labels)
+        found |= {"backward steps": report.num_steps}
+        return gradient, found | {"backward failed": ~report.successful}
 
-    order = np.random.default_rng(0).permutation(len(train_set))
-    num_batches = len(order) // config.batch_size
-    batches = order[: num_batches * config.batch_size].reshape(num_batches, -1)
-    history, start = [], time.perf_counter()
-    for rows in progress(batches, name):
-        batch = train_set[rows]
-        model, state, metrics = step(
-            model, state, jnp.asarray(batch.images), jnp.asarray(batch.labels)
-        )
-        history.append(metrics)
-    seconds = time.perf_counter() - start
-    losses, _, steps, failed, diverged, backward_steps, backward_failed = (
-        np.asarray(x) for x in zip(*history, strict=True)
+    @eqx.filter_jit(donate="all")
+    def step(carry, batch):
+        *carry, found = descend(gradient_fn, optimiser, *carry, *batch)
+        return tuple(carry), found
+
+    num_batches = data.train.steps_per_epoch(config.batch_size)
+    batches = (
+        data.train.training_batch(i, config.batch_size, seed=0)
+        for i in progress(range(num_batches), name)
     )
+    clock = Clock()
+    carry = model, optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+    (model, _), history = fit(step, carry, batches, clock)
+    found = jax.tree.map(lambda *leaves: np.stack(leaves), *history)
     evaluate = eqx.filter_jit(loss_fn)
-    accuracies = []
-    for i in range(0, len(test_set) - config.batch_size + 1, config.batch_size):
-        batch = test_set[slice(i, i + config.batch_size)]
-        _, (accuracy, *_) = evaluate(
-            (model, probe), jnp.asarray(batch.images), jnp.asarray(batch.labels)
-        )
-        accuracies.append(accuracy)
+    accuracies = [
+        evaluate((model, probe), *batch)[1]["accuracy"]
+        for batch in data.test.test_batches(config.batch_size)
+        if (batch[1] != IGNORED).all()
+    ]
     return {
         "cell": config.cell,
         "solver": name,
         "training steps": num_batches,
-        "last loss": float(losses[-20:].mean()),
+        "last loss": float(found["loss"][-20:].mean()),
         "test accuracy": float(np.mean(accuracies)),
-        "solver steps, mean": float(steps.mean()),
-        "solver steps, most": int(steps.max()),
-        "backward steps, mean": float(backward_steps.mean()),
-        "backward steps, most": int(backward_steps.max()),
-        "solves": failed.size,
-        "failed solves": int(failed.sum()),
-        "diverged solves": int(diverged.sum()),
-        "failed backward solves": int(backward_failed.sum()),
-        "seconds": seconds,
+        "solver steps, mean": float(found["steps"].mean()),
+        "solver steps, most": int(found["steps"].max()),
+        "backward steps, mean": float(found["backward steps"].mean()),
+        "backward steps, most": int(found["backward steps"].max()),
+        "solves": found["failed"].size,
+        "failed solves": int(found["failed"].sum()),
+        "diverged solves": int(found["diverged"].sum()),
+        "failed backward solves": int(found["backward failed"].sum()),
+        "seconds": clock.seconds,
     }
 
 
@@ -171,7 +159,11 @@ def main() -> None:
         "Peaceman-Rachford": inn.PeacemanRachford(config.rtol, 0.0),
         "forward-backward": inn.ForwardBackward(config.rtol, 0.0),
     }
-    rows = [run(config, name, solver) for name, solver in solvers.items()]
+    options = DataOptions(
+        "fashion_mnist", config.data_dir, config.train_size, config.test_size
+    )
+    data = load(options)
+    rows = [run(config, name, solver, data) for name, solver in solvers.items()]
     print_table("One epoch", rows)
     save(config, "mondeq", {"rows": rows})
 

@@ -107,7 +107,7 @@ def measure(
 def compare(config: Config, dataset: Dataset) -> list[Row]:
     """All models on one data set."""
     train_set, test_set = config.load(dataset)
-    images = jnp.asarray(test_set.images[:TIMING_BATCH])
+    images = jnp.asarray(test_set[0][:TIMING_BATCH])
     cotangent = jr.normal(jr.key(0), (len(images), WIDTH))
     rows, calls, shared = [], {}, None
     for i, (kind, model) in enumerate(progress(models(), dataset)):

@@ -30,7 +30,7 @@ from .training.classifier import (
     TrainingSettings,
     Weights,
 )
-from .tutorial import mnist
+from .training.data import Batch
 
 
 SKIP_WEIGHT = 5.0
@@ -100,9 +100,7 @@ def compare(
     return [{**row, "prediction (ms)": 1e3 * seconds[row["model"]]} for row in rows]
 
 
-def prediction(
-    model: Model, weights: Weights, test_set: mnist.Images
-) -> Callable[[], Any]:
+def prediction(model: Model, weights: Weights, test_set: Batch) -> Callable[[], Any]:
     """The classes of a test batch at the first seed's weights, to be timed."""
 
     def predict(weights, images):
@@ -110,7 +108,7 @@ def prediction(
         return jnp.argmax(jax.vmap(weights.head)(z_star), axis=1)
 
     first = jax.tree.map(lambda leaf: leaf[0], weights)
-    compiled, _ = compile_and_run(predict, first, np.asarray(test_set.images[:128]))
+    compiled, _ = compile_and_run(predict, first, np.asarray(test_set[0][:128]))
     return compiled.call
 
 

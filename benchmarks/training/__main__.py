@@ -1,10 +1,10 @@
 """Train any of the models on any of the data sets.
 
 ```bash
-python benchmarks/train.py tutorial --dataset digits
-python benchmarks/train.py resnet --dataset fashion_mnist --data-dir fashion-mnist
-python benchmarks/train.py transformer --data-dir book.txt
-python benchmarks/train.py transformer --help
+python -m benchmarks.training tutorial --dataset digits
+python -m benchmarks.training resnet --dataset fashion_mnist --data-dir fashion-mnist
+python -m benchmarks.training transformer --data-dir book.txt
+python -m benchmarks.training transformer --help
 ```
 
 A run writes its metrics, its figures and its checkpoints into a folder. Started again
@@ -17,11 +17,11 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import tyro
 
+from .command_line import parse_recipe
 from .config import Config, RunOptions
-from .data import DataError, load
-from .errors import CheckpointError, OptionError
+from .data import load
+from .errors import CheckpointError, DataError, OptionError
 from .recipes import RECIPES
 from .records import read_records
 from .trainer import train
@@ -29,12 +29,8 @@ from .trainer import train
 
 def parse(args: Sequence[str] | None = None) -> Config:
     """The run that a command line asks for."""
-    return tyro.extras.overridable_config_cli(
-        RECIPES,
-        args=args,
-        description="Train any of the models on any of the data sets.",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes),
-    )
+    description = "Train any of the models on any of the data sets."
+    return parse_recipe(RECIPES, description, args)
 
 
 def connect(run: RunOptions) -> None:
@@ -54,8 +50,8 @@ def connect(run: RunOptions) -> None:
 
 
 def main() -> None:
-    config = parse()
     try:
+        config = parse()
         connect(config.run)
         train(config, load(config.data, config.training.seed))
     except (CheckpointError, DataError, OptionError) as error:

@@ -9,13 +9,11 @@ that layers of every kind can be trained, and compared at the same weights.
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
@@ -25,7 +23,8 @@ from jaxtyping import Array, Float, Int
 import implicitnets as inn
 
 from ..kit.results import TimingSettings
-from ..tutorial import mnist
+from .data import Batch, DataOptions, Examples, load
+from .fit import Clock, descend, fit
 
 
 WIDTH = 128
@@ -60,16 +59,16 @@ class TrainingSettings(TimingSettings):
         """Those that there are."""
         return ("digits",) if self.data_dir is None else ("digits", "fashion_mnist")
 
-    def load(self, dataset: Dataset) -> tuple[mnist.Images, mnist.Images]:
-        """The training set and the test set."""
-        return mnist.load(
-            mnist.Config(
-                dataset=dataset,
-                data_dir=None if dataset == "digits" else self.data_dir,
-                train_size=self.train_size,
-                test_size=self.test_size,
-            )
+    def load(self, dataset: Dataset) -> tuple[Batch, Batch]:
+        """The images and labels to train on, and those to test on."""
+        folder = None if dataset == "digits" else self.data_dir
+        data = load(DataOptions(dataset, folder, self.train_size, self.test_size))
+        train, test = (
+            part.numbers()
+            for part in (data.train, data.test)
+            if isinstance(part, Examples)
         )
+        return train, test
 
 
 class Cell(eqx.Module):
@@ -130,8 +129,8 @@ class Model:
         images: Float[Array, "batch ..."],
         labels: Int[Array, " batch"],
         key: Array,
-    ) -> Array:
-        """The cross entropy, and the penalties."""
+    ) -> tuple[Array, None]:
+        """The cross entropy and the penalties, as a step of training takes them."""
         solution = self.solve(weights, images)
         logits = jax.vmap(weights.head)(solution.z_star)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -145,11 +144,11 @@ class Model:
                 lambda z, key: inn.jacobian_penalty(weights.cell, z, z, key=key)
             )(solution.z_star, jr.split(key, len(images)))
             loss = loss + self.jacobian_weight * jnp.mean(penalties)
-        return loss
+        return loss, None
 
 
 def train(
-    config: TrainingSettings, model: Model, train_set: mnist.Images
+    config: TrainingSettings, model: Model, train_set: Batch
 ) -> tuple[Weights, float]:
     """Train a model from every seed, all at once.
 
@@ -164,35 +163,40 @@ def train(
     The weights, with a leading axis for the seeds, and the seconds of a training step,
     without compilation.
     """
-    images, labels = jnp.asarray(train_set.images), jnp.asarray(train_set.labels)
+    images, labels = map(jnp.asarray, train_set)
     schedule = optax.cosine_decay_schedule(1e-3, config.steps, alpha=1e-3)
     optimiser = optax.adamw(schedule, weight_decay=2.5e-6)
+    gradient_fn = jax.grad(model.loss, has_aux=True)
 
-    def run(key, images, labels):
+    @jax.vmap
+    def start(key):
         weights_key, key = jr.split(key)
         weights: Any = Weights(images[0].size, key=weights_key)
+        return (weights, optimiser.init(weights)), jr.split(key, config.steps)
 
-        def step(carry, key):
-            weights, state = carry
+    def update(carry, keys, images, labels):
+        def of_seed(carry, key):
             batch_key, key = jr.split(key)
-            batch = jr.randint(batch_key, (config.batch_size,), 0, len(images))
-            gradient = jax.grad(model.loss)(weights, images[batch], labels[batch], key)
-            updates, state = optimiser.update(gradient, state, weights)
-            return (eqx.apply_updates(weights, updates), state), None
+            rows = jr.randint(batch_key, (config.batch_size,), 0, len(images))
+            batch = images[rows], labels[rows], key
+            return descend(gradient_fn, optimiser, *carry, *batch)[:2]
 
-        carry = weights, optimiser.init(weights)
-        (weights, _), _ = lax.scan(step, carry, jr.split(key, config.steps))
-        return weights
+        return jax.vmap(of_seed)(carry, keys)
 
-    arguments = jr.split(jr.key(0), config.seeds), images, labels
-    compiled = jax.jit(jax.vmap(run, (0, None, None))).lower(*arguments).compile()
-    start = time.perf_counter()
-    weights = jax.block_until_ready(compiled(*arguments))
-    return weights, (time.perf_counter() - start) / config.steps
+    carry, keys = start(jr.split(jr.key(0), config.seeds))
+    clock = Clock()
+    update = clock.compile(update, carry, keys[:, 0], images, labels)
+    (weights, _), _ = fit(
+        lambda carry, keys: (update(carry, keys, images, labels), None),
+        carry,
+        list(jnp.swapaxes(keys, 0, 1)),
+        clock,
+    )
+    return weights, clock.seconds / config.steps
 
 
 def evaluate(
-    model: Model, weights: Weights, test_set: mnist.Images
+    model: Model, weights: Weights, test_set: Batch
 ) -> dict[str, Float[Array, " seed"]]:
     """What a model does on a test set.
 
@@ -207,7 +211,7 @@ def evaluate(
     For every seed the accuracy, the mean evaluations of the cell to solve an example,
     the share of solves that were successful, and the median relative residual.
     """
-    images, labels = jnp.asarray(test_set.images), jnp.asarray(test_set.labels)
+    images, labels = map(jnp.asarray, test_set)
 
     def run(weights):
         solution = model.solve(weights, images)

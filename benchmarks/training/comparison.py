@@ -1,14 +1,12 @@
 """Train models for as many steps of the same batches, to compare them."""
 
 import statistics
-import time
-
-import jax
 
 from ..kit.tables import Row
 from ..kit.timing import progress
 from .config import Config
 from .data import Data
+from .fit import fit
 from .metrics import means, Metrics
 from .networks import num_parameters
 from .trainer import Trainer
@@ -36,17 +34,14 @@ def train(
     metrics of every step.
     """
     trainer = Trainer(config, data)
-    plan = trainer.plan
+    plan, clock = trainer.plan, trainer.clock
     first_timed = plan.pretraining_steps % plan.total_steps
-    state, history, compiled, start = trainer.start(), [], 0.0, 0.0
-    for step in progress(range(plan.total_steps), name):
-        if step == first_timed:
-            jax.block_until_ready(state.step)
-            compiled, start = trainer.compile_seconds, time.perf_counter()
-        state, metrics = trainer.train_step(state, step)
-        history.append(metrics)
-    jax.block_until_ready(state.step)
-    seconds = time.perf_counter() - start - (trainer.compile_seconds - compiled)
+    state, history, before = trainer.start(), [], 0.0
+    for steps in (range(first_timed), range(first_timed, plan.total_steps)):
+        before = clock.seconds
+        state, found = fit(trainer.train_step, state, progress(steps, name), clock)
+        history += found
+    seconds = clock.seconds - before
     found = trainer.test(state)
     memory = trainer.training_memory(state.network.layer.fixed_depth)
     row = {

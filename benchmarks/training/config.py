@@ -5,8 +5,8 @@ from pathlib import Path
 
 from .data import Data, DataOptions
 from .equilibrium import EquilibriumOptions
-from .errors import OptionError
-from .networks import ModelOptions
+from .errors import check_fields, check_non_negative, check_positive, OptionError
+from .networks import ModelConfig
 from .optimiser import OptimiserOptions
 
 
@@ -30,22 +30,20 @@ class JacobianOptions:
     """After which epoch to go on without."""
 
     def __post_init__(self):
-        for name in (
+        check_non_negative(
+            self,
             "jacobian_weight",
             "jacobian_pretraining_weight",
             "jacobian_increment",
             "jacobian_last_epoch",
-        ):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"`{name}` must be non-negative; got {value}.")
-        for name in ("jacobian_every", "jacobian_samples"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
-        if not 0 <= self.jacobian_probability <= 1:
-            raise ValueError(
-                "`jacobian_probability` must be in the interval [0, 1]; got "
-                f"{self.jacobian_probability}."
-            )
+        )
+        check_positive(self, "jacobian_every", "jacobian_samples")
+        check_fields(
+            self,
+            "in the interval [0, 1]",
+            lambda value: 0 <= value <= 1,
+            "jacobian_probability",
+        )
 
     @property
     def active(self) -> bool:
@@ -75,15 +73,12 @@ class TrainingOptions:
     """Of everything random."""
 
     def __post_init__(self):
-        for name in ("pretraining_epochs", "epochs", "skip_weight"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"`{name}` must be non-negative; got {value}.")
-        for name in ("spectral_examples", "seed"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"`{name}` must be at least 0; got {value}.")
-        for name in ("pretraining_depth", "batch_size", "test_every"):
-            if (value := getattr(self, name)) <= 0:
-                raise ValueError(f"`{name}` must be positive; got {value}.")
+        check_non_negative(
+            self,
+            *("pretraining_epochs", "epochs", "skip_weight"),
+            *("spectral_examples", "seed"),
+        )
+        check_positive(self, "pretraining_depth", "batch_size", "test_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +104,14 @@ class RunOptions:
     """... of which this is the one of this number, from 0."""
 
     def __post_init__(self):
-        for name in ("checkpoint_every", "log_every"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"`{name}` must be positive; got {value}.")
+        check_positive(self, "checkpoint_every", "log_every")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A training run."""
 
-    model: ModelOptions
+    model: ModelConfig
     data: DataOptions = DataOptions()
     equilibrium: EquilibriumOptions = EquilibriumOptions()
     optimiser: OptimiserOptions = OptimiserOptions()
@@ -131,7 +124,7 @@ class Config:
         """The folder of the run."""
         if self.run.output_dir is not None:
             return self.run.output_dir
-        model = type(self.model).__name__.removesuffix("Options").lower()
+        model = type(self.model).__name__.removesuffix("Config").lower()
         return Path("runs") / f"{model}-{self.data.dataset}-{self.training.seed}"
 
 

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 import implicitnets as inn
 
-from .errors import OptionError
+from .errors import check_fields, check_non_negative, check_positive, OptionError
 
 
 SolverName = Literal[
@@ -52,25 +52,19 @@ class EquilibriumOptions:
     """Of the Neumann and phantom adjoints: 0 is none."""
 
     def __post_init__(self):
-        for name, least in (
-            ("max_steps", 1),
-            ("test_max_steps", 1),
-            ("adjoint_max_steps", 0 if self.adjoint == "shine" else 1),
+        check_positive(self, "max_steps", "test_max_steps")
+        check_non_negative(self, "rtol", "atol", "adjoint_rtol")
+        least = 0 if self.adjoint == "shine" else 1
+        for allowed, is_valid, name in (
+            (f"at least {least}", lambda n: n >= least, "adjoint_max_steps"),
+            (
+                f"at least 0 and less than `max_steps`, {self.max_steps}",
+                lambda n: 0 <= n < self.max_steps,
+                "max_steps_delta",
+            ),
+            ("in the interval [0, 1)", lambda value: 0 <= value < 1, "damping"),
         ):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"`{name}` must be at least {least}; got {value}.")
-        for name in ("rtol", "atol", "adjoint_rtol"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"`{name}` must be non-negative; got {value}.")
-        if not 0 <= self.max_steps_delta < self.max_steps:
-            raise ValueError(
-                f"`max_steps_delta` must be at least 0 and less than `max_steps`, "
-                f"{self.max_steps}; got {self.max_steps_delta}."
-            )
-        if not 0 <= self.damping < 1:
-            raise ValueError(
-                f"`damping` must be in the interval [0, 1); got {self.damping}."
-            )
+            check_fields(self, allowed, is_valid, name)
 
 
 SOLVERS: dict[SolverName, Callable[[float, float], Any]] = {

@@ -6,6 +6,7 @@ axis name `batch`.
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -19,10 +20,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 import implicitnets as inn
 from implicitnets import models
 
-from ..tutorial import mnist
-from .data import Data, DataError
+from .data import Data
 from .equilibrium import EquilibriumOptions, make_layer
-from .errors import OptionError
+from .errors import DataError, OptionError, with_flags
+from .sciml import SciMLClassifier, SciMLConfig
+
+
+ModelConfig: TypeAlias = (
+    models.CausalTransformerConfig
+    | models.MDEQConfig
+    | models.ResNetConfig
+    | models.TanhConfig
+    | models.TransformerConfig
+    | SciMLConfig
+)
 
 
 class Verdict(eqx.Module):
@@ -47,10 +58,12 @@ class Verdict(eqx.Module):
 class AbstractNetwork(eqx.Module):
     """A model with one equilibrium layer."""
 
+    model: eqx.AbstractVar[models.AbstractModel | models.DEQTransformer]
+
     @property
-    @abc.abstractmethod
     def layer(self) -> inn.AbstractDeepEquilibriumNetwork:
         """The equilibrium layer."""
+        return self.model.deq
 
     @property
     @abc.abstractmethod
@@ -121,17 +134,19 @@ class ModelNetwork(AbstractNetwork):
     model: models.AbstractModel
 
     @property
-    def layer(self) -> inn.AbstractDeepEquilibriumNetwork:
-        """The equilibrium layer."""
-        return self.model.deq
-
-    @property
     def memory(self) -> None:
         """Nothing."""
         return None
 
-    def __call__(self, inputs, targets, memory, state, *, key):
-        """Judge one example."""
+    def __call__(
+        self,
+        inputs: Array,
+        targets: Int[Array, "..."],
+        memory: None,
+        state: eqx.nn.State,
+        *,
+        key: PRNGKeyArray,
+    ) -> tuple[Verdict, eqx.nn.State]:
         injection, state = self.model.inject(inputs, state)
         solution = self.model.deq.solve(injection, key=key)
         logits, state = self.model.read_out(solution.z_star, state)
@@ -148,17 +163,19 @@ class TransformerNetwork(AbstractNetwork):
     model: models.DEQTransformer
 
     @property
-    def layer(self) -> inn.AbstractDeepEquilibriumNetwork:
-        """The equilibrium layer."""
-        return self.model.deq
-
-    @property
     def memory(self) -> models.Memory:
         """An empty one."""
         return self.model.empty_memory()
 
-    def __call__(self, inputs, targets, memory, state, *, key):
-        """Judge one segment."""
+    def __call__(
+        self,
+        inputs: Int[Array, " position"],
+        targets: Int[Array, " position"],
+        memory: models.Memory,
+        state: eqx.nn.State,
+        *,
+        key: PRNGKeyArray,
+    ) -> tuple[Verdict, eqx.nn.State]:
         in_key, cell_key, out_key = jr.split(key, 3)
         segment = self.model.inject(inputs, memory, key=in_key)
         solution = self.model.deq.solve(segment, key=cell_key)
@@ -167,232 +184,71 @@ class TransformerNetwork(AbstractNetwork):
         return judge(log_probs, targets, solution, segment, cell_key, memory), state
 
 
-class TutorialNetwork(AbstractNetwork):
-    """The tutorial's convolutional classifier."""
-
-    model: mnist.Classifier
-
-    @property
-    def layer(self) -> inn.AbstractDeepEquilibriumNetwork:
-        """The equilibrium layer."""
-        return self.model.deq
-
-    @property
-    def memory(self) -> None:
-        """Nothing."""
-        return None
-
-    def __call__(self, inputs, targets, memory, state, *, key):
-        """Judge one image."""
-        injection = self.model.stem(inputs)
-        solution = self.model.deq.solve(injection, key=key)
-        logits = self.model.head(solution.z_star)
-        return judge(logits, targets, solution, injection, key), state
+# What follows from the data in the models' configurations.
+_FROM_DATA: dict[str, Callable[[Data], Any]] = {
+    "image_shape": lambda data: data.input_shape,
+    "in_channels": lambda data: data.input_shape[0],
+    "length": lambda data: data.input_shape[0],
+    "num_classes": lambda data: data.num_classes,
+    "vocab_size": lambda data: data.num_classes,
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class TutorialOptions:
-    """The tutorial's network."""
-
-    model_type: mnist.ModelType = "deq"
-    """Where a solve starts: at zero, at a trained guess, at the cell's own guess."""
-    channels: int = 64
-    """Channels of the cell."""
-
-    def build(self, data: Data, *, key: PRNGKeyArray) -> TutorialNetwork:
-        """The network for some data."""
-        _check_labels(data)
-        channels, size, _ = _image_shape(data)
-        if channels != 1:
-            raise DataError("The tutorial's network takes grey images.")
-        config = mnist.Config(model_type=self.model_type, channels=self.channels)
-        model = mnist.Classifier(config, size, data.num_classes, key=key)
-        return TutorialNetwork(model)
+def option_names(config: type[ModelConfig]) -> list[str]:
+    """The fields of a configuration that do not follow from the data."""
+    names = [field.name for field in dataclasses.fields(config)]
+    return [name for name in names if name not in _FROM_DATA]
 
 
-@dataclasses.dataclass(frozen=True)
-class TanhOptions:
-    """The multilayer perceptron."""
-
-    width: int = 100
-    """Size of the state."""
-
-    def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
-        """The network for some data."""
-        _check_labels(data)
-        config = models.TanhConfig(_image_shape(data), self.width, data.num_classes)
-        return ModelNetwork(models.TanhDEQ(config, key=key))
+def sized_for(config: ModelConfig, data: Data) -> ModelConfig:
+    """A configuration, with the fields that follow from the data."""
+    names = [field.name for field in dataclasses.fields(config)]
+    known = {name: of(data) for name, of in _FROM_DATA.items() if name in names}
+    return dataclasses.replace(config, **known)
 
 
-@dataclasses.dataclass(frozen=True)
-class ResNetOptions:
-    """The residual network."""
-
-    channels: int = 48
-    """Channels of the state."""
-    inner_channels: int = 64
-    """Channels between the two convolutions of the cell."""
-    groups: int = 8
-    """Of the group normalisations."""
-    pool_stride: int = 8
-    """How far apart the means over 8 x 8 pixels are that the head sees."""
-
-    def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
-        """The network for some data."""
-        _check_labels(data)
-        config = models.ResNetConfig(
-            image_shape=_image_shape(data),
-            num_classes=data.num_classes,
-            **dataclasses.asdict(self),
-        )
-        return ModelNetwork(models.ResNetDEQ(config, key=key))
-
-
-@dataclasses.dataclass(frozen=True)
-class MDEQOptions:
-    """The multiscale network, that classifies images, or their pixels if the data has
-    masks."""
-
-    channels: tuple[int, ...] = (24, 24)
-    """Channels of the state at every scale, from the finest to the coarsest."""
-    head_channels: tuple[int, ...] = (8, 16)
-    """A quarter of the channels of the classifier's head at every scale."""
-    final_channels: int = 200
-    """Channels of the classifier before its last layer."""
-    num_downsamples: int = 0
-    """How often the stem halves height and width."""
-    expansion: int = 5
-    """How many times its outer channels a cell's block has inside."""
-    groups: int = 8
-    """Of the group normalisations."""
-    dropout: float = 0.25
-    """Probability with which a block drops a channel."""
-    normalise_weights: bool = True
-    """Weight normalisation in the cell."""
-    post_fuse_affine: bool = False
-    """Weights of the cell's last normalisations."""
-
-    @classmethod
-    def of(cls, config: models.MDEQConfig) -> "MDEQOptions":
-        """Published sizes."""
-        return cls(**_fields(cls, config))
-
-    def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
-        """The network for some data."""
-        channels, height, width = _image_shape(data)
-        multiple = 2 ** (self.num_downsamples + len(self.channels) - 1)
+def _check_fit(config: ModelConfig, data: Data) -> None:
+    if isinstance(config, models.CausalTransformerConfig | models.TransformerConfig):
+        if len(data.input_shape) != 1:
+            raise DataError("The model takes text and other sequences.")
+        return
+    if len(data.input_shape) != 3:
+        raise DataError("The model takes images.")
+    if isinstance(config, models.MDEQConfig):
+        _, height, width = data.input_shape
+        multiple = 2 ** (config.num_downsamples + len(config.channels) - 1)
         if height % multiple or width % multiple:
             raise DataError(
                 f"The scales need images whose sides are multiples of {multiple}; "
                 f"these have {height} x {width} pixels."
             )
-        config = models.MDEQConfig(
-            in_channels=channels,
-            num_classes=data.num_classes,
-            **dataclasses.asdict(self),
-        )
-        has_masks = data.target_shape != ()
-        model = models.MDEQSegmenter if has_masks else models.MDEQ
-        return ModelNetwork(model(config, key=key))
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerOptions:
-    """The language model with a memory."""
-
-    cutoffs: tuple[int, ...] = ()
-    """Where clusters of ever rarer words end, with ever narrower embeddings."""
-    width: int = 128
-    """Of the state at every position."""
-    num_heads: int = 4
-    """Of the attention."""
-    head_width: int = 32
-    """Of the attention."""
-    inner_width: int = 512
-    """Of the feed-forward layer."""
-    memory_length: int = 128
-    """How many positions before a segment attention sees."""
-    local_size: int = 1000
-    """How far back it sees at all."""
-    dropout: float = 0.05
-    """Probability with which features are dropped."""
-    attention_dropout: float = 0.0
-    """Probability with which weights of the attention are dropped."""
-    pre_norm: bool = False
-    """Layer normalisation in front of the layers, and not behind them."""
-    normalise_weights: bool = True
-    """Weight normalisation in the cell."""
-
-    @classmethod
-    def of(cls, config: models.TransformerConfig) -> "TransformerOptions":
-        """Published sizes."""
-        return cls(**_fields(cls, config))
-
-    def build(self, data: Data, *, key: PRNGKeyArray) -> TransformerNetwork:
-        """The network for some data."""
-        _check_sequence(data)
-        config = models.TransformerConfig(
-            vocab_size=data.num_classes, **dataclasses.asdict(self)
-        )
-        return TransformerNetwork(models.DEQTransformer(config, key=key))
-
-
-@dataclasses.dataclass(frozen=True)
-class CausalTransformerOptions:
-    """The small language model, without a memory."""
-
-    width: int = 256
-    """Of the state at every position."""
-    num_heads: int = 4
-    """Of the attention."""
-    dropout: float = 0.1
-    """Probability with which features are dropped."""
-
-    def build(self, data: Data, *, key: PRNGKeyArray) -> ModelNetwork:
-        """The network for some data."""
-        _check_sequence(data)
-        config = models.CausalTransformerConfig(
-            vocab_size=data.num_classes,
-            length=data.input_shape[0],
-            **dataclasses.asdict(self),
-        )
-        return ModelNetwork(models.CausalTransformerDEQ(config, key=key))
-
-
-def _fields(cls: type, config: Any) -> dict[str, Any]:
-    return {
-        field.name: getattr(config, field.name) for field in dataclasses.fields(cls)
-    }
-
-
-def _image_shape(data: Data) -> tuple[int, int, int]:
-    if len(data.input_shape) != 3:
-        raise DataError("The model takes images.")
-    return data.input_shape
-
-
-def _check_labels(data: Data) -> None:
-    if _image_shape(data) and data.target_shape != ():
+    elif data.target_shape != ():
         raise DataError("The model takes images with labels, and these have masks.")
 
 
-def _check_sequence(data: Data) -> None:
-    if len(data.input_shape) != 1:
-        raise DataError("The model takes text and other sequences.")
-
-
-ModelOptions: TypeAlias = (
-    CausalTransformerOptions
-    | MDEQOptions
-    | ResNetOptions
-    | TanhOptions
-    | TransformerOptions
-    | TutorialOptions
-)
+def _network(
+    config: ModelConfig, has_masks: bool, *, key: PRNGKeyArray
+) -> AbstractNetwork:
+    match config:
+        case models.TransformerConfig():
+            return TransformerNetwork(models.DEQTransformer(config, key=key))
+        case models.CausalTransformerConfig():
+            model = models.CausalTransformerDEQ(config, key=key)
+        case models.MDEQConfig() if has_masks:
+            model = models.MDEQSegmenter(config, key=key)
+        case models.MDEQConfig():
+            model = models.MDEQ(config, key=key)
+        case models.ResNetConfig():
+            model = models.ResNetDEQ(config, key=key)
+        case models.TanhConfig():
+            model = models.TanhDEQ(config, key=key)
+        case SciMLConfig():
+            model = SciMLClassifier(config, key=key)
+    return ModelNetwork(model)
 
 
 def build(
-    options: ModelOptions,
+    config: ModelConfig,
     equilibrium: EquilibriumOptions,
     data: Data,
     *,
@@ -402,7 +258,7 @@ def build(
 
     **Arguments:**
 
-    - `options`: which model.
+    - `config`: which model; what follows from the data need not be right.
     - `equilibrium`: its solver and adjoint.
     - `data`: what it is to learn.
     - `key`: for the weights. Keyword only argument.
@@ -412,9 +268,11 @@ def build(
     `DataError` if the model and the data do not fit, and `OptionError` if the options
     do not go together.
     """
+    _check_fit(config, data)
+    make = eqx.nn.make_with_state(_network)
     try:
-        network, state = eqx.nn.make_with_state(options.build)(data, key=key)
+        network, state = make(sized_for(config, data), data.target_shape != (), key=key)
     except ValueError as error:  # of sizes
-        raise OptionError(str(error)) from error
+        raise OptionError(with_flags(error)) from error
     layer = make_layer(network.layer, equilibrium)
     return eqx.tree_at(lambda network: network.layer, network, layer), state

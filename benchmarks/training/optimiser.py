@@ -6,6 +6,8 @@ from typing import Literal
 
 import optax
 
+from .errors import check_non_negative, check_positive
+
 
 OptimiserName = Literal["adam", "adamw", "radam", "sgd"]
 ScheduleName = Literal["constant", "cosine", "step"]
@@ -42,12 +44,8 @@ class OptimiserOptions:
     """Training steps whose mean gradient changes the weights once."""
 
     def __post_init__(self):
-        for name in ("warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be non-negative.")
-        for name in ("learning_rate", "step_epochs", "clip", "accumulate"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"`{name}` must be positive; got {value}.")
+        check_non_negative(self, "warmup_steps", "weight_decay")
+        check_positive(self, "learning_rate", "step_epochs", "clip", "accumulate")
 
 
 def make_schedule(

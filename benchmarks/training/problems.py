@@ -13,6 +13,7 @@ import numpy as np
 from ..kit import problems
 from ..kit.problems import Problem
 from .data import load
+from .fit import fit
 from .recipes import RECIPES
 from .trainer import Trainer
 
@@ -32,18 +33,17 @@ def trained_cell(folder: pathlib.Path, num_images: int = 128) -> Problem:
     training = dataclasses.replace(recipe.training, epochs=10, spectral_examples=0)
     config = dataclasses.replace(recipe, training=training)
     trainer = Trainer(config, load(config.data))
-    state = trainer.start()
-    for step in range(trainer.plan.total_steps):
-        state, _ = trainer.train_step(state, step)
+    steps = range(trainer.plan.total_steps)
+    state, _ = fit(trainer.train_step, trainer.start(), steps, trainer.clock)
     network: Any = state.network
     cell = network.layer.cell
     test_set: Any = trainer.data.test
-    images = jnp.asarray(test_set.inputs[:num_images])
+    images, _ = test_set[:num_images].numbers()
     problem = problems.make_problem(
         "trained cell",
         "tutorial",
         {name: getattr(cell, name).weight for name in ("state", "inject", "mix")},
-        np.asarray(jax.vmap(network.model.stem)(images)),
+        np.asarray(jax.vmap(network.model.stem)(jnp.asarray(images))),
         1e-4,
         np.random.default_rng(0),
     )

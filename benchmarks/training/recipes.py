@@ -5,22 +5,19 @@ not count steps in the same way, so a budget is a like one, not the same.
 """
 
 import dataclasses
+import sys
 
 from implicitnets import models
 
 from .config import Config, JacobianOptions, TrainingOptions
 from .data import DataOptions
 from .equilibrium import EquilibriumOptions
-from .networks import (
-    CausalTransformerOptions,
-    MDEQOptions,
-    ResNetOptions,
-    TanhOptions,
-    TransformerOptions,
-    TutorialOptions,
-)
 from .optimiser import OptimiserOptions
+from .sciml import SciMLConfig
 
+
+# Any vocabulary fits: its size comes with the text.
+SMALL_TRANSFORMER = models.TransformerConfig(vocab_size=sys.maxsize)
 
 _CIFAR = DataOptions("cifar10", standardise=True)
 _BROYDEN = EquilibriumOptions(
@@ -55,7 +52,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "tutorial": (
         "The convolutional classifier of SciML's MNIST tutorial.",
         Config(
-            TutorialOptions(),
+            SciMLConfig(),
             optimiser=OptimiserOptions(learning_rate=5e-4),
             training=TrainingOptions(
                 pretraining_epochs=2, pretraining_depth=5, epochs=3, skip_weight=0.01
@@ -65,7 +62,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "tutorial-fashion": (
         "The network of SciML's tutorial, for 30 minutes on Fashion-MNIST.",
         Config(
-            TutorialOptions(),
+            SciMLConfig(),
             _FASHION,
             # The Jacobian-free gradient makes this one diverge.
             EquilibriumOptions(
@@ -83,7 +80,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "tanh": (
         "The perceptron of the Deep Implicit Layers tutorial, chapter 1.",
         Config(
-            TanhOptions(),
+            models.TanhConfig(),
             equilibrium=EquilibriumOptions("fixed-point", rtol=1e-4, max_steps=200),
             optimiser=OptimiserOptions(
                 "sgd", learning_rate=0.1, momentum=0.0, schedule="step", step_epochs=5
@@ -94,7 +91,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "resnet": (
         "The residual network of the Deep Implicit Layers tutorial, chapter 4.",
         Config(
-            ResNetOptions(),
+            models.ResNetConfig(),
             _CIFAR,
             EquilibriumOptions("anderson", rtol=1e-2, max_steps=25, adjoint_rtol=1e-2),
             _COSINE,
@@ -104,7 +101,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "resnet-fashion": (
         "The residual network of JAXopt's example, for 30 minutes on Fashion-MNIST.",
         Config(
-            ResNetOptions(channels=24, inner_channels=32, pool_stride=1),
+            models.ResNetConfig.jaxopt(),
             _FASHION,
             FEW_STEPS,
             _QUICK,
@@ -115,7 +112,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "mdeq-tiny": (
         "The smallest multiscale network of Bai et al. (2020), for CIFAR-10.",
         Config(
-            MDEQOptions.of(models.MDEQConfig.cifar_tiny()),
+            models.MDEQConfig.cifar_tiny(),
             _CIFAR,
             _BROYDEN,
             OptimiserOptions(
@@ -133,7 +130,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "mdeq-fashion": (
         "The smallest multiscale network, for 30 minutes on Fashion-MNIST.",
         Config(
-            MDEQOptions(),
+            models.MDEQConfig(),
             dataclasses.replace(_FASHION, train_size=15_000),
             FEW_STEPS,
             _QUICK,
@@ -144,7 +141,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "mdeq-large": (
         "The large multiscale network of Bai et al. (2020), for CIFAR-10.",
         Config(
-            MDEQOptions.of(models.MDEQConfig.cifar_large()),
+            models.MDEQConfig.cifar_large(),
             DataOptions("cifar10", standardise=True, augment=True),
             _BROYDEN,
             _COSINE,
@@ -160,7 +157,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "mdeq-large-regularised": (
         "The same with the Jacobian regularisation of Bai et al. (2021).",
         Config(
-            MDEQOptions.of(models.MDEQConfig.cifar_large_regularised()),
+            models.MDEQConfig.cifar_large_regularised(),
             DataOptions("cifar10", standardise=True, augment=True),
             EquilibriumOptions(
                 "broyden", max_steps=8, max_steps_delta=2, adjoint_max_steps=7
@@ -184,7 +181,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "causal-transformer": (
         "The small transformer without a memory, of deq-jax.",
         Config(
-            CausalTransformerOptions(),
+            models.CausalTransformerConfig(),
             DataOptions("text", sequence_length=128),
             EquilibriumOptions("broyden", rtol=1e-4),
             OptimiserOptions(learning_rate=2e-4, betas=(0.9, 0.99), clip=0.25),
@@ -194,7 +191,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "transformer": (
         "A small transformer with a memory, for characters.",
         Config(
-            TransformerOptions(),
+            SMALL_TRANSFORMER,
             DataOptions("text", level="character"),
             optimiser=OptimiserOptions(schedule="cosine", warmup_steps=200, clip=0.25),
             training=TrainingOptions(
@@ -205,7 +202,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "transformer-wikitext103": (
         "The transformer of Bai et al. (2019), for WikiText-103.",
         Config(
-            TransformerOptions.of(models.TransformerConfig.wikitext103()),
+            models.TransformerConfig.wikitext103(),
             _WIKITEXT,
             EquilibriumOptions("anderson", max_steps=30, adjoint_max_steps=35),
             _WARMUP,
@@ -215,7 +212,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "transformer-wikitext103-regularised": (
         "The same with the Jacobian regularisation of Bai et al. (2021).",
         Config(
-            TransformerOptions.of(models.TransformerConfig.wikitext103_regularised()),
+            models.TransformerConfig.wikitext103_regularised(),
             _WIKITEXT,
             EquilibriumOptions(
                 "anderson", max_steps=12, max_steps_delta=2, adjoint_max_steps=13
@@ -230,7 +227,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "transformer-wikitext103-pre-norm": (
         "The same with layer normalisation in front of the layers.",
         Config(
-            TransformerOptions.of(models.TransformerConfig.wikitext103_pre_norm()),
+            models.TransformerConfig.wikitext103_pre_norm(),
             _WIKITEXT,
             EquilibriumOptions(
                 "anderson", max_steps=14, max_steps_delta=2, adjoint_max_steps=14

@@ -8,8 +8,7 @@ last checkpoint to exactly the weights that it would have had.
 import dataclasses
 import functools as ft
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -25,14 +24,15 @@ from tqdm import tqdm
 import implicitnets as inn
 
 from .checkpoints import Checkpoints
-from .config import Config, JacobianOptions, Plan
+from .config import Config, JacobianOptions, Plan, RunOptions
 from .data import Batch, Data, Text
 from .equilibrium import EquilibriumOptions
+from .fit import Clock, descend, fit
 from .metrics import mean_of, means, measure, Metrics, which_count
 from .networks import AbstractNetwork, build, Verdict
 from .optimiser import make_optimiser, make_schedule
 from .placement import Placement
-from .records import Record, Records
+from .records import Records
 
 
 class TrainState(eqx.Module):
@@ -169,7 +169,7 @@ class Trainer:
             ),
             self.placement.split,
         )
-        self.compile_seconds = 0.0
+        self.clock = Clock()
         self._compiled: dict[Any, Any] = {}
 
     def facts(self) -> dict[str, Any]:
@@ -285,12 +285,13 @@ class Trainer:
             memory = jtu.tree_map(jax.lax.stop_gradient, verdict.memory)
             return loss, (metrics, statistics, memory)
 
-        gradients, aux = eqx.filter_grad(loss_fn, has_aux=True)(state.network)
+        gradient_fn = eqx.filter_grad(loss_fn, has_aux=True)
+        network, optimiser, aux = descend(
+            gradient_fn, self.optimiser, state.network, state.optimiser
+        )
         metrics, statistics, memory = aux
-        weights = eqx.filter(state.network, eqx.is_inexact_array)
-        updates, optimiser = self.optimiser.update(gradients, state.optimiser, weights)
         state = TrainState(
-            network=eqx.apply_updates(state.network, updates),
+            network=network,
             statistics=statistics,
             memory=None,
             optimiser=optimiser,
@@ -318,42 +319,40 @@ class Trainer:
 
     def _call(self, name, function, *args):
         if name not in self._compiled:
-            start = time.perf_counter()
-            # Typed as the function that it wraps, it hides that it can be lowered.
-            jitted: Any = eqx.filter_jit(function)
-            self._compiled[name] = jitted.lower(*args).compile()
-            self.compile_seconds += time.perf_counter() - start
+            self._compiled[name] = self.clock.compile(function, *args)
         return self._compiled[name](*args)
 
     def _put_batch(self, batch: Batch) -> Any:
         return self.placement.put(batch, self.placement.split)
 
 
-class Clock:
-    """Counts the seconds inside `with`, apart from those that compiling takes.
+def tests_after(done: int, plan: Plan) -> bool:
+    """Whether there is a test after so many steps."""
+    return (
+        done in (plan.pretraining_steps, plan.total_steps)
+        or done % plan.test_every == 0
+    )
 
-    **Arguments:**
 
-    - `trainer`: what compiles.
-    - `records`: of an earlier process, to count on from.
-    """
+def saves_after(done: int, plan: Plan, run: RunOptions) -> bool:
+    """Whether there is a checkpoint after so many steps."""
+    return done == plan.total_steps or done % run.checkpoint_every == 0
 
-    def __init__(self, trainer: Trainer, records: Sequence[Record]):
-        last = records[-1] if records else {"seconds": 0.0, "compile_seconds": 0.0}
-        self._trainer = trainer
-        self._seconds, self._compiled = last["seconds"], last["compile_seconds"]
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter() - self._trainer.compile_seconds
+def between_records(plan: Plan, run: RunOptions, first: int) -> Iterator[range]:
+    """The steps from each record of the metrics to the next."""
+    for done in range(first + 1, plan.total_steps + 1):
+        logs = done % run.log_every == 0
+        if logs or tests_after(done, plan) or saves_after(done, plan, run):
+            yield range(first, done)
+            first = done
 
-    def __exit__(self, *exception: Any) -> None:
-        end = time.perf_counter() - self._trainer.compile_seconds
-        self._seconds += end - self._start
 
-    def record(self) -> Record:
-        """What has been counted."""
-        compiled = self._compiled + self._trainer.compile_seconds
-        return {"seconds": self._seconds, "compile_seconds": compiled}
+def showing(steps: Iterable[int], progress: tqdm) -> Iterator[int]:
+    """The steps; each is on the progress bar when it is done."""
+    for step in steps:
+        yield step
+        progress.update()
 
 
 def train(config: Config, data: Data) -> TrainState:
@@ -383,41 +382,36 @@ def train(config: Config, data: Data) -> TrainState:
     first = latest or 0
     is_first_process = jax.process_index() == 0
     records = Records(folder, first, active=is_first_process)
+    if records.all:
+        last = records.all[-1]
+        trainer.clock = Clock(last["seconds"], last["compile_seconds"])
     progress = tqdm(
         total=plan.total_steps,
         initial=first,
         unit="step",
         disable=None if is_first_process else True,  # None: only on a terminal
     )
-    clock = Clock(trainer, records.all)
-    window = []
-    for step in range(first, plan.total_steps):
-        with clock:
-            state, metrics = trainer.train_step(state, step)
-        window.append(metrics)
-        progress.update()
-        done = step + 1
-        last = done in (plan.pretraining_steps, plan.total_steps)
-        tests = last or done % plan.test_every == 0
-        saves = done == plan.total_steps or done % run.checkpoint_every == 0
-        if tests or saves or done % run.log_every == 0:
-            with clock:
-                found = means(window)
-            window = []
-            record = {"step": done, "epoch": done / plan.steps_per_epoch}
-            record |= {f"train_{name}": value for name, value in found.items()}
-            record["learning_rate"] = float(np.asarray(trainer.schedule(step)))
-            if tests:
-                found = trainer.test(state)
-                record |= {f"test_{name}": value for name, value in found.items()}
-            record |= clock.record()
-            records.add(record)
-            progress.set_postfix_str(
-                f"loss {record['train_loss']:.3f}, "
-                f"accuracy {record['train_accuracy']:.1%}, "
-                f"evaluations {record['train_evaluations']:.1f}"
-            )
-        if saves:
+    for steps in between_records(plan, run, first):
+        shown = showing(steps, progress)
+        state, history = fit(trainer.train_step, state, shown, trainer.clock)
+        done = steps.stop
+        record = {"step": done, "epoch": done / plan.steps_per_epoch}
+        with trainer.clock.running():
+            found = means(history)
+        record |= {f"train_{name}": value for name, value in found.items()}
+        record["learning_rate"] = float(np.asarray(trainer.schedule(done - 1)))
+        if tests_after(done, plan):
+            found = trainer.test(state)
+            record |= {f"test_{name}": value for name, value in found.items()}
+        record["seconds"] = trainer.clock.seconds
+        record["compile_seconds"] = trainer.clock.compile_seconds
+        records.add(record)
+        progress.set_postfix_str(
+            f"loss {record['train_loss']:.3f}, "
+            f"accuracy {record['train_accuracy']:.1%}, "
+            f"evaluations {record['train_evaluations']:.1f}"
+        )
+        if saves_after(done, plan, run):
             checkpoints.save(done, state)
     progress.close()
     checkpoints.close()

@@ -2,7 +2,7 @@
 
 The residual network of JAXopt's example and the network of SciML's tutorial, each at a
 size and in a number of epochs that take at most half an hour on two cores. Trains them
-by their recipes of `train.py`, and keeps their checkpoints and figures beside its
+by their recipes, and keeps their checkpoints and figures beside its
 results: started again, it goes on where it was.
 """
 
@@ -15,8 +15,8 @@ import tyro
 
 from ...kit.results import save, Settings
 from ...kit.tables import print_table, Row
-from ..data import DataError, load
-from ..errors import CheckpointError
+from ..data import load
+from ..errors import CheckpointError, DataError
 from ..networks import num_parameters
 from ..recipes import RECIPES
 from ..records import read_records

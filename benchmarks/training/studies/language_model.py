@@ -12,16 +12,18 @@ import math
 import pathlib
 import sys
 
-import tyro
+from implicitnets import models
 
 from ...kit.results import save, Settings
 from ...kit.tables import print_table
+from ..command_line import parse_settings
 from ..comparison import curve, train
 from ..config import Config, JacobianOptions, TrainingOptions
-from ..data import DataError, DataOptions, load
+from ..data import DataOptions, load
 from ..equilibrium import EquilibriumOptions
-from ..networks import TransformerOptions
+from ..errors import DataError
 from ..optimiser import OptimiserOptions
+from ..recipes import SMALL_TRANSFORMER
 
 
 BITS = "bits per character"
@@ -43,7 +45,9 @@ class LanguageSettings(Settings):
     """... so many times."""
     batch_size: int = 16
     """Streams of text in a step, of which it sees 128 characters each."""
-    model: TransformerOptions = TransformerOptions(dropout=0.0)
+    model: models.TransformerConfig = dataclasses.replace(
+        SMALL_TRANSFORMER, dropout=0.0
+    )
     """The sizes."""
     equilibrium: EquilibriumOptions = EquilibriumOptions(
         rtol=1e-2, max_steps=12, adjoint_rtol=1e-2, adjoint_max_steps=12
@@ -61,7 +65,7 @@ class LanguageSettings(Settings):
 
 
 def main() -> None:
-    settings = tyro.cli(LanguageSettings)
+    settings = parse_settings(LanguageSettings())
     options = DataOptions(
         "text",
         data_dir=settings.text,

@@ -15,20 +15,22 @@ import sys
 
 import tyro
 
+from implicitnets import models
+
 from ...kit.results import save, Settings
 from ...kit.tables import print_table, Row
 from ..comparison import curve, train
 from ..config import Config, JacobianOptions, TrainingOptions
-from ..data import DataError, DataOptions, load
+from ..data import DataOptions, load
 from ..equilibrium import EquilibriumOptions
-from ..networks import MDEQOptions
+from ..errors import DataError
 from ..optimiser import OptimiserOptions
 from ..recipes import CONTRACT, FEW_STEPS
 
 
 MODELS = {
-    "two scales": MDEQOptions(),
-    "one scale": MDEQOptions((36,), (20,), final_channels=215, groups=4),
+    "two scales": models.MDEQConfig(),
+    "one scale": models.MDEQConfig((36,), (20,), final_channels=215, groups=4),
 }
 
 

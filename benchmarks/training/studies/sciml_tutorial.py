@@ -24,11 +24,9 @@ import json
 import pathlib
 import statistics
 import sys
-import time
 from typing import Any, get_args
 
 import equinox as eqx
-import jax
 import jax.random as jr
 import jax.tree_util as jtu
 import tyro
@@ -36,17 +34,19 @@ import tyro
 from ...kit.results import machine, save, Settings, versions
 from ...kit.tables import print_table, Row
 from ...kit.timing import progress
-from ...tutorial import mnist
-from ..data import Data, DataError, DataOptions, load
+from ..data import Data, DataOptions, load
 from ..equilibrium import EquilibriumOptions, SolverName
-from ..networks import build, TutorialOptions
+from ..errors import DataError
+from ..fit import fit
+from ..networks import build
 from ..recipes import RECIPES
+from ..sciml import ModelType, SciMLConfig
 from ..trainer import Trainer, TrainState
 
 
 # From the log on the tutorial's page of 10 September 2024: MNIST, on an NVIDIA GPU.
 # Compiling is what its first calls took, forward and backward.
-REFERENCE: dict[tuple[mnist.ModelType, str], Row] = {
+REFERENCE: dict[tuple[ModelType, str], Row] = {
     ("skipregdeq", "pretraining"): {"compile (s)": 81, "accuracy (%)": 66.6},
     ("skipregdeq", "newton-krylov"): {
         "compile (s)": 102,
@@ -65,7 +65,7 @@ class TutorialSettings(Settings):
 
     data_dir: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
     """The folder with the files of Fashion-MNIST."""
-    model_types: tuple[mnist.ModelType, ...] = get_args(mnist.ModelType)
+    model_types: tuple[ModelType, ...] = get_args(ModelType)
     """Where a solve starts."""
     solvers: tuple[SolverName, ...] = (
         "newton-krylov",
@@ -138,13 +138,13 @@ def load_images(folder: pathlib.Path) -> Data:
     return dataclasses.replace(data, train=data.train[:2000], test=data.train[2000:])
 
 
-def make_trainer(data: Data, model: mnist.ModelType, solver: SolverName) -> Trainer:
+def make_trainer(data: Data, model: ModelType, solver: SolverName) -> Trainer:
     """The steps of one combination."""
     _, recipe = RECIPES["tutorial"]
     training = dataclasses.replace(recipe.training, spectral_examples=0)
     config = dataclasses.replace(
         recipe,
-        model=TutorialOptions(model_type=model),
+        model=SciMLConfig(model_type=model),
         equilibrium=EquilibriumOptions(solver, max_steps=10, adjoint_max_steps=10),
         training=training,
     )
@@ -194,17 +194,15 @@ def run(
     The states after it, and its columns of the table.
     """
     num_epochs = len(steps) / trainer.plan.steps_per_epoch
-    ends, seconds, found, compile_seconds = [], [], [], 0.0
+    clock, compiled = trainer.clock, trainer.clock.compile_seconds
+    ends, seconds = [], []
     for state in states:
-        compiled, start = trainer.compile_seconds, time.perf_counter()
-        for step in steps:
-            state, _ = trainer.train_step(state, step)
-        jax.block_until_ready(state.step)
-        compiled = trainer.compile_seconds - compiled
-        compile_seconds += compiled  # of the first seed: the others find it compiled
-        seconds.append(time.perf_counter() - start - compiled)
-        found.append(trainer.test(state))
-        ends.append(state)
+        start = clock.seconds
+        ends.append(fit(trainer.train_step, state, steps, clock)[0])
+        seconds.append(clock.seconds - start)
+    # Of the first seed: the others find the step compiled.
+    compile_seconds = clock.compile_seconds - compiled
+    found = [trainer.test(state) for state in ends]
     accuracies = [100 * metrics["accuracy"] for metrics in found]
     phase_seconds = statistics.mean(seconds)
 
@@ -231,7 +229,7 @@ NOTHING: Row = {"total (s)": 0.0, "total with compilation (s)": 0.0}
 
 
 def pretrain(
-    settings: TutorialSettings, table: Table, data: Data, model: mnist.ModelType
+    settings: TutorialSettings, table: Table, data: Data, model: ModelType
 ) -> tuple[list[TrainState], Row]:
     """The states of every seed after the pretraining, in which no solver plays a part.
 

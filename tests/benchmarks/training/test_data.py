@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.training import data
 from benchmarks.training.data import (
-    DataError,
     DataOptions,
     Examples,
     IGNORED,
+    labelled,
     load,
     Text,
 )
+from benchmarks.training.data.samples import shift_and_mirror
+from benchmarks.training.errors import DataError
 
 
 pytestmark = pytest.mark.one_precision
@@ -111,6 +112,9 @@ def test_digits():
     assert digits.input_shape == (1, 8, 8) and digits.target_shape == ()
     assert len(digits.train) == 100 and len(digits.test) == 360
     assert digits.num_classes == 10
+    images, labels = digits.test.numbers()
+    assert images.min() == 0 and images.max() == 1
+    assert set(np.bincount(labels)) <= {35, 36, 37}
     other = load(DataOptions(train_size=99))
     assert digits.facts() != other.facts()
     assert digits.facts() == load(DataOptions(train_size=100)).facts()
@@ -129,7 +133,7 @@ def test_shift_and_mirror():
     # A mask that says which pixel it is, in the first of the channels.
     masks = np.arange(images[:, 0].size, dtype=np.int32).reshape(40, 6, 5)
     images[:, 0] = 1 + masks
-    moved, moved_masks = data.shift_and_mirror(images, masks, rng)
+    moved, moved_masks = shift_and_mirror(images, masks, rng)
     assert moved.shape == images.shape
     np.testing.assert_array_equal(moved[:, 0], 1 + moved_masks)
     assert np.min(moved_masks) == IGNORED
@@ -157,16 +161,121 @@ def test_augmentation_depends_on_the_step_alone():
     np.testing.assert_array_equal(one, again)
 
 
-def test_grey_images_of_a_wrong_size(tmp_path):
-    for split in ("train", "t10k"):
-        header = struct.pack(">IIII", 0x803, 2, 20, 20)
-        path = tmp_path / f"{split}-images-idx3-ubyte"
-        path.write_bytes(header + bytes(2 * 400))
-        labels = struct.pack(">II", 0x801, 2) + bytes(2)
-        path = tmp_path / f"{split}-labels-idx1-ubyte.gz"
-        path.write_bytes(gzip.compress(labels))
-    refused("20 x 20 pixels, where mnist has 28", dataset="mnist", data_dir=tmp_path)
+# MNIST's format.
 
+
+def idx(array):
+    header = struct.pack(f">I{array.ndim}I", 0x800 | array.ndim, *array.shape)
+    return header + array.tobytes()
+
+
+def write_mnist(folder, size=28):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 5), ("t10k", 3)):
+        pixels = rng.integers(0, 256, (count, size, size), np.uint8)
+        labels = rng.integers(0, 10, count, np.uint8)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(idx(pixels))
+        labels_path = folder / f"{split}-labels-idx1-ubyte.gz"
+        labels_path.write_bytes(gzip.compress(idx(labels)))
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    write_mnist(tmp_path)
+    return tmp_path
+
+
+def test_folder(mnist):
+    images = load(DataOptions("mnist", mnist, test_size=2))
+    assert images.input_shape == (1, 28, 28)
+    assert len(images.train) == 5 and len(images.test) == 2
+    inputs, targets = images.train.numbers()
+    assert inputs.dtype == np.float32 and targets.dtype == np.int32
+    content = (mnist / "train-images-idx3-ubyte").read_bytes()
+    assert inputs[0, 0, 0, 0] == np.float32(content[16] / 255)
+
+
+def test_emnist_folder(mnist):
+    for path in list(mnist.iterdir()):
+        name = path.name.replace("t10k", "test")
+        path.rename(mnist / f"emnist-balanced-{name}")
+    images = load(DataOptions("emnist", mnist))
+    assert len(images.train) == 5 and len(images.test) == 3
+    assert images.num_classes == 47
+
+
+def test_grey_images_of_a_wrong_size(tmp_path):
+    write_mnist(tmp_path, size=20)
+    sentence = r"images of shape \(20, 20\), where \(28, 28\) is expected"
+    refused(sentence, dataset="mnist", data_dir=tmp_path)
+
+
+def damage_nothing_there(folder):
+    (folder / "train-images-idx3-ubyte").unlink()
+
+
+def damage_shortened(folder):
+    path = folder / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_empty(folder):
+    (folder / "train-images-idx3-ubyte").write_bytes(b"")
+
+
+def damage_magic_number(folder):
+    (folder / "train-images-idx3-ubyte").write_bytes(b"\x89PNG" + 100 * b"\0")
+
+
+def damage_truncated_gzip(folder):
+    path = folder / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def damage_no_gzip(folder):
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(b"<html>404</html>")
+
+
+def damage_counts(folder):
+    path = folder / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(np.zeros(4, np.uint8))))
+
+
+def damage_labels(folder):
+    path = folder / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(np.full(5, 10, np.uint8))))
+
+
+def damage_all(folder):
+    for path in list(folder.iterdir()):
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (damage_nothing_there, "has no file train-images-idx3-ubyte"),
+        (damage_shortened, "is damaged: its header promises 3920 bytes"),
+        (damage_empty, "is not a file of bytes in MNIST's format"),
+        (damage_magic_number, "is not a file of bytes in MNIST's format"),
+        (damage_truncated_gzip, "cannot be read"),
+        (damage_no_gzip, "cannot be read"),
+        (damage_counts, "has 5 train images but 4 labels"),
+        (damage_labels, "labels from 10 to 10"),
+        (damage_all, "has no file train-images-idx3-ubyte"),
+    ],
+)
+def test_damaged_folder(mnist, damage, sentence):
+    damage(mnist)
+    refused(sentence, dataset="mnist", data_dir=mnist)
+
+
+def test_digits_have_no_folder(tmp_path):
+    refused("digits come with scikit-learn", data_dir=tmp_path)
+
+
+# CIFAR.
 
 CIFAR10 = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
 
@@ -246,15 +355,24 @@ def test_damaged_binary_cifar(cifar10):
     refused("not a whole number of images", dataset="cifar10", data_dir=cifar10)
 
 
-def test_cifar_is_fetched(monkeypatch):
+@pytest.mark.parametrize(
+    "dataset, source, size, num_train",
+    [
+        ("cifar10", {"data_id": 40927}, 12, 10),
+        ("fashion_mnist", {"name": "Fashion-MNIST", "version": 1}, 14, 12),
+    ],
+)
+def test_fetched(monkeypatch, dataset, source, size, num_train):
     def fetch_openml(**options):
-        assert options["data_id"] == 40927
-        return np.full((12, 3072), 255.0), np.array(["3"] * 12)
+        assert options.items() >= source.items()
+        num_pixels = 3072 if dataset == "cifar10" else 784
+        return np.full((size, num_pixels), 255.0), np.array(["3"] * size)
 
-    monkeypatch.setattr(data, "fetch_openml", fetch_openml)
-    images = load(DataOptions("cifar10"))
-    assert len(images.train) == 10 and len(images.test) == 2
-    assert next(images.test.test_batches(1))[0].max() == 1
+    monkeypatch.setattr(labelled, "fetch_openml", fetch_openml)
+    images = load(DataOptions(dataset))
+    assert len(images.train) == num_train and len(images.test) == 2
+    inputs, targets = images.test.numbers()
+    assert inputs.max() == 1 and list(targets) == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -268,19 +386,19 @@ def test_cifar_is_fetched(monkeypatch):
     ],
 )
 def test_no_network_or_a_damaged_download(monkeypatch, error):
-    def fetch_openml(*_, **options):
+    def fetch_openml(**options):
         raise error
 
-    for module, dataset in ((data, "cifar100"), (data.mnist, "kmnist")):
-        monkeypatch.setattr(module, "fetch_openml", fetch_openml)
-        refused(f"{dataset} could not be fetched", dataset=dataset)
+    monkeypatch.setattr(labelled, "fetch_openml", fetch_openml)
+    sentence = "kmnist could not be fetched .* give the folder of its files"
+    refused(sentence, dataset="kmnist")
 
 
 def test_download_of_another_shape(monkeypatch):
     def fetch_openml(**options):
         return np.zeros((2, 3071)), np.array(["3", "3"])
 
-    monkeypatch.setattr(data, "fetch_openml", fetch_openml)
+    monkeypatch.setattr(labelled, "fetch_openml", fetch_openml)
     refused("cifar10 could not be fetched", dataset="cifar10")
 
 

@@ -1,0 +1,127 @@
+"""The data sets, by name.
+
+What cannot be read is a `DataError` of one sentence that names the file.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..errors import check_positive, DataError
+from .labelled import LabelledName, load_labelled
+from .samples import (
+    Batch as Batch,
+    Data as Data,
+    Examples as Examples,
+    IGNORED as IGNORED,
+    Text as Text,
+)
+from .segmentation import load_segmentation
+from .synthetic import copy_memory
+from .text import Level, load_text
+
+
+DatasetName = Literal[
+    LabelledName, "segmentation", "copy_memory", "text", "wikitext103"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """What to learn."""
+
+    dataset: DatasetName = "digits"
+    """`digits` come with scikit-learn and `copy_memory` is synthetic; the others are
+    read from `data_dir`, or, if they are images to classify, fetched from OpenML."""
+    data_dir: Path | None = None
+    """The folder of the data set's files; of `text`, a file will do."""
+    train_size: int | None = None
+    """Train on so many examples, or tokens of text, only."""
+    test_size: int | None = None
+    """Test on so many examples, or tokens of text, only."""
+    standardise: bool = False
+    """Images: give every channel of the training set mean 0 and variance 1."""
+    augment: bool = False
+    """Images: train on them shifted by up to four pixels, and mirrored."""
+    keep_rest: bool = False
+    """Train on what is left over of an epoch's full batches too, as a smaller batch."""
+    image_size: tuple[int, int] | None = None
+    """Segmentation: resize to this height and width."""
+    level: Level = "word"
+    """Text: what a token is."""
+    sequence_length: int = 128
+    """Text: how many tokens a training step sees of every stream."""
+    delay: int = 100
+    """Copy memory: how long to remember."""
+
+    def __post_init__(self):
+        check_positive(self, "train_size", "test_size", "sequence_length", "delay")
+
+
+def load(options: DataOptions, seed: int = 0) -> Data:
+    """Read a data set.
+
+    **Arguments:**
+
+    - `options`: which, and from where.
+    - `seed`: of synthetic data.
+
+    **Returns:**
+
+    A `Data`.
+
+    **Raises:**
+
+    `DataError` with one sentence.
+    """
+    data = _read(options, seed)
+    train, test = data.train[: options.train_size], data.test[: options.test_size]
+    for name, sample in (("training", train), ("test", test)):
+        if len(sample) < (2 if isinstance(sample, Text) else 1):
+            raise DataError(f"The {name} set of {options.dataset} is empty.")
+        if isinstance(sample, Examples) and (sample.targets == IGNORED).all():
+            raise DataError(f"The {name} set of {options.dataset} has no target.")
+    if (options.augment or options.standardise) and len(data.input_shape) != 3:
+        raise DataError("Only images can be augmented or standardised.")
+    if isinstance(train, Examples) and isinstance(test, Examples):
+        train = dataclasses.replace(
+            train, augment=options.augment, keep_rest=options.keep_rest
+        )
+        if options.standardise:
+            train, test = _standardised(train, test)
+    return Data(train, test, data.num_classes)
+
+
+def _read(options: DataOptions, seed: int) -> Data:
+    match options.dataset:
+        case "copy_memory":
+            train_size = options.train_size or 20_000
+            test_size = options.test_size or 2_000
+            return copy_memory(train_size, test_size, options.delay, seed)
+        case "segmentation":
+            return load_segmentation(_required(options), options.image_size)
+        case "text" | "wikitext103" as name:
+            path = _required(options)
+            return load_text(path, name, options.level, options.sequence_length)
+        case name:
+            return load_labelled(name, options.data_dir)
+
+
+def _required(options: DataOptions) -> Path:
+    if options.data_dir is None:
+        raise DataError(f"Say where the files of {options.dataset} are by --data-dir.")
+    return options.data_dir
+
+
+def _standardised(train: Examples, test: Examples) -> tuple[Examples, Examples]:
+    axes = (0, 2, 3)
+    mean = train.inputs.mean(axes, keepdims=True, dtype=np.float64)[0]
+    std = train.inputs.std(axes, keepdims=True, dtype=np.float64)[0]
+    std = np.where(std > 0, std, 1.0)
+    mean, std = mean.astype(np.float32), std.astype(np.float32)
+    return (
+        dataclasses.replace(train, mean=mean, std=std),
+        dataclasses.replace(test, mean=mean, std=std),
+    )
