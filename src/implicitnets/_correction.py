@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax.lax as lax
@@ -12,10 +12,14 @@ from ._adjoint.phantom import PhantomAdjoint
 from ._deq import AbstractDeepEquilibriumNetwork
 from ._internal.checks import check_argument
 from ._internal.observe import AbstractObserver, observe
+from ._internal.types import Stats
 from ._solution import EquilibriumSolution
 
 
 _Target = TypeVar("_Target")
+# The samples, how many steps lie between two of them, and how many steps there were.
+_EvenNotes: TypeAlias = tuple[PyTree[Array], Int[Array, ""], Int[Array, ""]]
+_GivenNotes: TypeAlias = tuple[list[PyTree[Array]], Int[Array, ""]]
 
 
 # A solve's length is not known beforehand, so there is room for twice as many iterates
@@ -26,9 +30,7 @@ class _EvenSamples(AbstractObserver):
 
     number: int
 
-    def init(
-        self, y: PyTree[Array], args: Any, stats: dict[str, Any]
-    ) -> tuple[PyTree[Array], Int[Array, ""], Int[Array, ""]]:
+    def init(self, y: PyTree[Array], args: Any, stats: Stats) -> _EvenNotes:
         del args, stats
         rows = jtu.tree_map(
             lambda leaf: jnp.broadcast_to(leaf, (2 * self.number, *leaf.shape)), y
@@ -37,12 +39,12 @@ class _EvenSamples(AbstractObserver):
 
     def update(
         self,
-        notes: tuple[PyTree[Array], Int[Array, ""], Int[Array, ""]],
+        notes: _EvenNotes,
         num_steps: Int[Array, ""],
         y: PyTree[Array],
         args: Any,
-        stats: dict[str, Any],
-    ) -> tuple[PyTree[Array], Int[Array, ""], Int[Array, ""]]:
+        stats: Stats,
+    ) -> _EvenNotes:
         del args, stats
         rows, stride, _ = notes
         full = num_steps == 2 * self.number * stride + stride
@@ -63,11 +65,7 @@ class _EvenSamples(AbstractObserver):
 
         return jtu.tree_map(keep, rows, y), stride, num_steps
 
-    def read(
-        self,
-        notes: tuple[PyTree[Array], Int[Array, ""], Int[Array, ""]],
-        z_star: PyTree[Array],
-    ) -> list[PyTree[Array]]:
+    def read(self, notes: _EvenNotes, z_star: PyTree[Array]) -> list[PyTree[Array]]:
         """All but the last of the samples."""
         del z_star
         rows, stride, num_steps = notes
@@ -85,20 +83,18 @@ class _GivenSamples(AbstractObserver):
 
     steps: tuple[int, ...]
 
-    def init(
-        self, y: PyTree[Array], args: Any, stats: dict[str, Any]
-    ) -> tuple[list[PyTree[Array]], Int[Array, ""]]:
+    def init(self, y: PyTree[Array], args: Any, stats: Stats) -> _GivenNotes:
         del args, stats
         return [y for _ in self.steps], jnp.array(0)
 
     def update(
         self,
-        notes: tuple[list[PyTree[Array]], Int[Array, ""]],
+        notes: _GivenNotes,
         num_steps: Int[Array, ""],
         y: PyTree[Array],
         args: Any,
-        stats: dict[str, Any],
-    ) -> tuple[list[PyTree[Array]], Int[Array, ""]]:
+        stats: Stats,
+    ) -> _GivenNotes:
         del args, stats
         samples, _ = notes
         samples = [
@@ -107,11 +103,7 @@ class _GivenSamples(AbstractObserver):
         ]
         return samples, num_steps
 
-    def read(
-        self,
-        notes: tuple[list[PyTree[Array]], Int[Array, ""]],
-        z_star: PyTree[Array],
-    ) -> list[PyTree[Array]]:
+    def read(self, notes: _GivenNotes, z_star: PyTree[Array]) -> list[PyTree[Array]]:
         """All but the last of the samples; past the end of the solve, `z_star`."""
         samples, num_steps = notes
         return [

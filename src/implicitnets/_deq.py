@@ -20,6 +20,7 @@ from ._internal.checks import check_number, keyword
 from ._internal.optimistix import solve_inputs
 from ._internal.parametrise import resolve
 from ._internal.pytree import tree_all_finite, tree_astype, working_dtype
+from ._internal.types import Stats, Tags
 from ._solution import EquilibriumSolution
 from ._solver.anderson import AndersonAcceleration
 from ._solver.progress import divergence_bound
@@ -185,7 +186,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         z0: PyTree[Array],
         arguments: CellArguments,
         probe: AdjointReport | None,
-    ) -> tuple[PyTree[Array], optx.RESULTS, dict[str, Any]]:
+    ) -> tuple[PyTree[Array], optx.RESULTS, Stats]:
         adjoint = self.adjoint if probe is None else with_probe(self.adjoint, probe)
         if isinstance(self.solver, _Minimising):
             adjoint = _ResidualAdjoint(adjoint)
@@ -203,7 +204,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
 
     def _unroll(
         self, z0: PyTree[Array], arguments: CellArguments
-    ) -> tuple[PyTree[Array], optx.RESULTS, dict[str, Any]]:
+    ) -> tuple[PyTree[Array], optx.RESULTS, Stats]:
         z_star, _ = lax.scan(
             lambda z, _: (call_cell(z, arguments), None),
             z0,
@@ -363,7 +364,7 @@ class _ResidualAdjoint(optx.AbstractAdjoint):
         primal_fn: Callable,
         rewrite_fn: Callable,
         inputs: tuple,
-        tags: frozenset[object],
+        tags: Tags,
     ) -> tuple[PyTree[Array], Any]:
         del rewrite_fn, tags
         return self.adjoint.apply(primal_fn, _rewrite_residual, inputs, frozenset())

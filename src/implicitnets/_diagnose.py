@@ -12,6 +12,7 @@ from ._internal.convolution import fast_convolutions
 from ._internal.observe import AbstractObserver, observe
 from ._internal.parametrise import resolve
 from ._internal.pytree import working_dtype
+from ._internal.types import Stats
 
 
 class ResidualTrace(eqx.Module):
@@ -113,7 +114,7 @@ class _Entries(eqx.Module):
 class _ResidualObserver(AbstractObserver):
     max_steps: int
 
-    def init(self, y: PyTree[Array], args: Any, stats: dict[str, Any]) -> _Entries:
+    def init(self, y: PyTree[Array], args: Any, stats: Stats) -> _Entries:
         return jtu.tree_map(
             lambda x: jnp.zeros(self.max_steps + 1, x.dtype).at[0].set(x),
             _entries(y, args, stats),
@@ -125,7 +126,7 @@ class _ResidualObserver(AbstractObserver):
         num_steps: Int[Array, ""],
         y: PyTree[Array],
         args: Any,
-        stats: dict[str, Any],
+        stats: Stats,
     ) -> _Entries:
         return jtu.tree_map(
             lambda trace, x: trace.at[num_steps].set(x),
@@ -134,7 +135,7 @@ class _ResidualObserver(AbstractObserver):
         )
 
 
-def _entries(y: PyTree[Array], args: Any, stats: dict[str, Any]) -> _Entries:
+def _entries(y: PyTree[Array], args: Any, stats: Stats) -> _Entries:
     f = _call(y, args)
     dtype = working_dtype(y)
     residual = optx.two_norm(jtu.tree_map(jnp.subtract, f, y)).astype(dtype)

@@ -19,6 +19,7 @@ from ._internal.pytree import (
     tree_cast_like,
     working_dtype,
 )
+from ._internal.types import Stats
 from ._solution import EquilibriumSolution
 from ._solver.adams import VCABM3
 
@@ -161,7 +162,7 @@ class NeuralODE(eqx.Module):
             stats=self._stats(solution.stats),
         )
 
-    def _stats(self, stats: dict[str, Any]) -> dict[str, Any]:
+    def _stats(self, stats: Stats) -> Stats:
         names = ("num_steps", "num_accepted_steps", "num_rejected_steps")
         stats = {name: stats[name] for name in names}
         evaluations = _evaluations(self.solver)
