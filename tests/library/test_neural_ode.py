@@ -201,7 +201,7 @@ def test_normalised_weights():
     cell = SumCell(linear, eqx.nn.Identity())
     normalised = SumCell(inn.nn.weight_norm(linear), eqx.nn.Identity())
     z, z_normalised = eqx.filter_jit(
-        lambda x: (NeuralODE(cell)(x), NeuralODE(normalised)(x))
+        lambda x: (NeuralODE(cell, **UNROLLED)(x), NeuralODE(normalised, **UNROLLED)(x))
     )(x)
     assert relative_error(z_normalised, z) < tolerance(1e-5, 1e-9)
 
@@ -210,7 +210,6 @@ def test_key():
     def cell(z, x, *, key):
         return jnp.tanh(0.5 * z + x) + jr.normal(key, z.shape)
 
-    node = NeuralODE(cell)
-    x = make_vector(8)
-    first, again, other = (eqx.filter_jit(node)(x, key=jr.key(k)) for k in (0, 0, 1))
+    run = eqx.filter_jit(NeuralODE(cell, **UNROLLED))
+    first, again, other = (run(make_vector(8), key=jr.key(k)) for k in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)

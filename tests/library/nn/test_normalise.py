@@ -115,18 +115,17 @@ def test_spectral_norm_of_a_matrix(shape):
 
 
 def test_spectral_norm_with_equal_singular_values():
-    value = nn.SpectralNorm(2 * jnp.eye(6), 0.5).value()
+    value = jax.jit(lambda w: nn.SpectralNorm(w, 0.5).value())(2 * jnp.eye(6))
     assert np.allclose(value, 0.5 * np.eye(6), atol=tolerance(1e-6, 1e-12))
 
 
 @pytest.mark.parametrize("wrap", (nn.WeightNorm, nn.SpectralNorm, nn.InfinityNorm))
-@pytest.mark.parametrize("weight", (0.0, 1e-30, 1e10))
-def test_extreme_weights_give_no_nan(wrap, weight):
-    param = wrap(jnp.full((3, 4), weight))
+def test_extreme_weights_give_no_nan(wrap):
     run = eqx.filter_jit(eqx.filter_value_and_grad(lambda w: jnp.sum(w.value())))
-    value, grads = run(param)
-    assert jnp.isfinite(value)
-    assert all(jnp.all(jnp.isfinite(g)) for g in jtu.tree_leaves(grads))
+    for weight in (0.0, 1e-30, 1e10):
+        value, grads = run(wrap(jnp.full((3, 4), weight)))
+        assert jnp.isfinite(value)
+        assert all(jnp.all(jnp.isfinite(g)) for g in jtu.tree_leaves(grads))
 
 
 @pytest.mark.parametrize("wrap", (nn.SpectralNorm, nn.InfinityNorm))
