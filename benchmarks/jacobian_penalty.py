@@ -49,27 +49,27 @@ class Config(Settings):
     """Train on the synthetic task with and without the penalty."""
 
     weights: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
-    """The penalty's weights. The first is what the others are compared with."""
+    """Compare these weights of the penalty with the first of them."""
     probability: float = 0.4
-    """In what part of the training steps the penalty counts."""
+    """Compute the penalty in a training step with this probability."""
     epochs: int = 50
-    """How often the training set is gone through."""
+    """Train for so many epochs."""
     batch_size: int = 64
-    """Examples a training step."""
+    """Use so many examples in a training step."""
     learning_rate: float = 1e-3
-    """Adam's, at the start of its cosine schedule."""
+    """Start Adam's cosine schedule at this learning rate."""
     hidden: int = 50
-    """Width of the cell."""
+    """Make the cell so wide."""
     max_steps: int = 6
-    """Solver steps in training, forward and backward."""
+    """Stop forward and backward solves after so many steps in training."""
     train_size: int = 4096
-    """Examples to train on."""
+    """Train on so many examples."""
     test_size: int = 1000
-    """Examples to test on."""
+    """Test on so many examples."""
     x_max: float = 1.0
-    """The inputs are between this and its negative."""
+    """Draw inputs between this number and its negative."""
     num_seeds: int = 10
-    """Trainings of each weight."""
+    """Train so many times with each weight."""
 
 
 class Cell(eqx.Module):

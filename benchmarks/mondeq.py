@@ -34,23 +34,24 @@ class Config(Settings):
     """Train a monotone operator network for one epoch."""
 
     data_dir: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
-    """Folder of Fashion-MNIST's files; this is where a Debian package has them."""
+    """Read the files of Fashion-MNIST from this folder, by default that of Debian's
+    package."""
     cell: Literal["dense", "conv"] = "dense"
-    """The kind of cell."""
+    """Train a cell of this kind."""
     size: int = 100
-    """Elements of the dense cell's state."""
+    """Give the dense cell's state so many elements."""
     channels: int = 16
-    """Channels of the convolutional cell's state."""
+    """Give the convolutional cell's state so many channels."""
     rtol: float = 1e-2
-    """Relative tolerance of the solver."""
+    """Solve to this relative tolerance."""
     batch_size: int = 128
-    """Images a training step."""
+    """Use so many images in a training step."""
     learning_rate: float = 1e-3
-    """Adam's."""
+    """Train at this learning rate, by Adam."""
     train_size: int | None = None
-    """Train on so many images only."""
+    """Train only on so many images."""
     test_size: int | None = None
-    """Test on so many images only."""
+    """Test only on so many images."""
 
 
 class Classifier(eqx.Module):

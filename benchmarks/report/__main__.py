@@ -73,22 +73,21 @@ class Config:
     """Run the benchmarks and write a page on what they found."""
 
     page: Literal["report", "training"] = "report"
-    """Which page: what takes minutes, or what takes hours."""
+    """Write this page: `report` takes minutes, `training` takes hours."""
     sections: tuple[str, ...] | None = None
-    """Which of its sections to run, by default all; the others keep their last
-    results."""
+    """Run these of its sections, by default all. The others keep their last results."""
     quick: bool = False
     """Run at a tiny size, to test the report."""
     data_dir: pathlib.Path | None = None
-    """The folder with the files of Fashion-MNIST; without it there are only digits."""
+    """Read the files of Fashion-MNIST from this folder, or learn only digits."""
     text: pathlib.Path | None = None
-    """The text that the language model learns."""
+    """Let the language model learn the text of this file."""
     python: tuple[str, ...] = ()
-    """The interpreters of other libraries, as `banax=/path/to/python`."""
+    """Run other libraries with these interpreters, as `banax=/path/to/python`."""
     output_dir: pathlib.Path = DOCS
-    """The folder that the page is written to."""
+    """Write the page to this folder."""
     results_dir: pathlib.Path = Settings.output_dir
-    """The folder that the scripts write to."""
+    """Let the scripts write to this folder."""
 
     def __post_init__(self):
         names = [section.name for section in PAGES[self.page].sections]

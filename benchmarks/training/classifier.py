@@ -41,18 +41,18 @@ class TrainingSettings(TimingSettings):
     """The options of the scripts that train the classifier."""
 
     steps: int = 1000
-    """Training steps of every row."""
+    """Train every model for so many steps."""
     batch_size: int = 32
-    """Examples in a training step."""
+    """Use so many examples in a training step."""
     seeds: int = 3
-    """How many times to train, with other weights and batches."""
+    """Train so many times, with other weights and batches."""
     train_size: int | None = None
-    """Train on so many images only."""
+    """Train only on so many images."""
     test_size: int = 1000
     """Test on at most so many images."""
     data_dir: pathlib.Path | None = None
-    """The folder with the files of Fashion-MNIST; without it there are only the digits
-    that come with scikit-learn."""
+    """Read the files of Fashion-MNIST from this folder. Without it, train only on the
+    digits that come with scikit-learn."""
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:

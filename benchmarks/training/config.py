@@ -15,19 +15,19 @@ class JacobianOptions:
     """How strongly, and how often, the cell's Jacobian is kept small."""
 
     jacobian_weight: float = 0.0
-    """Of the penalty, once the equilibrium is solved for."""
+    """Weigh the penalty by this once training solves for the equilibrium."""
     jacobian_pretraining_weight: float = 0.0
-    """Of the penalty before."""
+    """Weigh the penalty by this during pretraining."""
     jacobian_increment: float = 0.1
-    """By how much the weight grows ..."""
+    """Let the weight grow by this every `jacobian_every` steps."""
     jacobian_every: int | None = None
-    """... in how many steps; by default it does not grow."""
+    """Let the weight grow after so many steps; by default it does not grow."""
     jacobian_probability: float = 1.0
-    """In what part of the training steps the penalty counts."""
+    """Compute the penalty in a training step with this probability."""
     jacobian_samples: int = 1
-    """Random products for every estimate."""
+    """Estimate the penalty from so many random products."""
     jacobian_last_epoch: float | None = None
-    """After which epoch to go on without."""
+    """Drop the penalty after this epoch; by default it stays."""
 
     def __post_init__(self):
         check_non_negative(
@@ -56,21 +56,21 @@ class TrainingOptions:
     """How long to train, and on what loss."""
 
     pretraining_epochs: float = 0.0
-    """Epochs with the cell unrolled to a fixed depth."""
+    """Train for so many epochs with the cell unrolled to a fixed depth."""
     pretraining_depth: int = 5
-    """That depth."""
+    """Unroll the cell to this depth in pretraining."""
     epochs: float = 10.0
-    """Epochs with the equilibrium, after the pretraining."""
+    """Train for so many epochs with the equilibrium, after the pretraining."""
     batch_size: int = 32
-    """Examples, or streams of text, in a training step."""
+    """Use so many examples, or streams of text, in a training step."""
     skip_weight: float = 0.0
-    """Of the penalty on the distance from a solve's start to its end."""
+    """Weigh the penalty on the distance from the start to the equilibrium by this."""
     test_every: float = 1.0
-    """Epochs from one evaluation to the next."""
+    """Evaluate after so many epochs."""
     spectral_examples: int = 16
-    """In an evaluation, the number of examples to know the spectral radius of."""
+    """Estimate the spectral radius for so many examples in an evaluation."""
     seed: int = 0
-    """Of everything random."""
+    """Start the random numbers from this seed."""
 
     def __post_init__(self):
         check_non_negative(
@@ -86,22 +86,23 @@ class RunOptions:
     """What does not change the result: where it goes, and what computes it."""
 
     output_dir: Path | None = None
-    """Folder of the metrics, the figures and the checkpoints; by default
-    `runs/<model>-<dataset>-<seed>`. A run that was interrupted goes on from there."""
+    """Write metrics, figures and checkpoints to this folder, by default
+    `runs/<model>-<dataset>-<seed>`. An interrupted run continues from there."""
     checkpoint_every: int = 500
-    """Training steps from one checkpoint to the next."""
+    """Write a checkpoint after so many training steps."""
     log_every: int = 50
-    """Training steps that a line of the metrics is the mean of."""
+    """Write a line of metrics, their means, after so many training steps."""
     data_parallel: bool = False
-    """Split every batch over all the devices."""
+    """Split every batch over all devices."""
     distributed: bool = False
-    """Work with other processes, which the cluster's environment tells of ..."""
+    """Work with other processes. The cluster's environment or the next three options
+    say which."""
     coordinator: str | None = None
-    """... or, where there is none, at the address and port of the first process ..."""
+    """Meet the other processes at this address and port of the first one."""
     num_processes: int | None = None
-    """... of so many ..."""
+    """Expect so many processes."""
     process_id: int | None = None
-    """... of which this is the one of this number, from 0."""
+    """Be the process of this number, from 0."""
 
     def __post_init__(self):
         check_positive(self, "checkpoint_every", "log_every")

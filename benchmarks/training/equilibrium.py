@@ -28,28 +28,28 @@ class EquilibriumOptions:
     """How an equilibrium is found and differentiated."""
 
     solver: SolverName = "anderson"
-    """What finds it."""
+    """Find the equilibrium by this solver."""
     rtol: float = 1e-3
-    """Relative tolerance of the solver."""
+    """Solve to this relative tolerance."""
     atol: float = 1e-6
-    """Absolute tolerance of the solver."""
+    """Solve to this absolute tolerance."""
     max_steps: int = 30
-    """Solver steps in training ..."""
+    """Stop a solve after so many steps in training."""
     max_steps_delta: int = 0
-    """... or up to so many fewer, at random in every training step."""
+    """Stop up to so many steps earlier, at random in every training step."""
     test_max_steps: int | None = None
-    """Solver steps in evaluations; as many as in training by default."""
+    """Stop a solve after so many steps in evaluations, by default as in training."""
     start: StartName = "model"
-    """Where a solve starts: as the model has it, at the cell's input, or at the cell's
-    own answer to zeros (Skip Reg. DEQ)."""
+    """Start a solve where the model says, at the cell's input, or at the cell's value
+    for zeros (Skip Reg. DEQ)."""
     adjoint: AdjointName = "implicit"
-    """What differentiates it; `shine` goes with `broyden`."""
+    """Differentiate the equilibrium by this adjoint; `shine` needs `broyden`."""
     adjoint_rtol: float = 1e-3
-    """Relative tolerance of the implicit adjoint's GMRES."""
+    """Solve the implicit adjoint's system to this relative tolerance."""
     adjoint_max_steps: int = 30
-    """Jacobian products of the adjoint; of `shine`, its refinements."""
+    """Stop the adjoint after so many Jacobian products, or refinements of `shine`."""
     damping: float = 0.0
-    """Of the Neumann and phantom adjoints: 0 is none."""
+    """Damp the Neumann and phantom adjoints by this; 0 is undamped."""
 
     def __post_init__(self):
         check_positive(self, "max_steps", "test_max_steps")

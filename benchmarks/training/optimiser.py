@@ -18,30 +18,30 @@ class OptimiserOptions:
     """How the weights are changed."""
 
     optimiser: OptimiserName = "adam"
-    """`adam`, `radam` and `sgd` add weight decay to the gradient, `adamw` to the step;
-    `sgd` is with Nesterov's momentum."""
+    """Use this optimiser. `adam`, `radam` and `sgd` add weight decay to the gradient,
+    `adamw` adds it to the step. `sgd` has Nesterov's momentum."""
     learning_rate: float = 1e-3
-    """At its highest."""
+    """Train at this learning rate, the highest of its schedule."""
     schedule: ScheduleName = "constant"
-    """What becomes of the learning rate."""
+    """Change the learning rate by this schedule."""
     warmup_steps: int = 0
-    """Steps in which the learning rate grows from zero, before its schedule."""
+    """Let the learning rate grow from zero for so many steps before its schedule."""
     last_learning_rate: float = 0.0
-    """Cosine: the learning rate at the end."""
+    """Cosine: end at this learning rate."""
     step_epochs: float = 30.0
-    """Step: after how many epochs to multiply the learning rate, again and again."""
+    """Step: multiply the learning rate every so many epochs."""
     step_factor: float = 0.1
-    """Step: by what to multiply it."""
+    """Step: multiply the learning rate by this."""
     momentum: float = 0.9
-    """Of `sgd`."""
+    """Use this momentum with `sgd`."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of the others."""
+    """Use these decay rates of the moments with the other optimisers."""
     weight_decay: float = 0.0
-    """How strongly weights are drawn to zero."""
+    """Decay the weights by this."""
     clip: float | None = None
-    """The largest norm of a gradient."""
+    """Clip the gradient to this norm."""
     accumulate: int = 1
-    """Training steps whose mean gradient changes the weights once."""
+    """Change the weights once for the mean gradient of so many training steps."""
 
     def __post_init__(self):
         check_non_negative(self, "warmup_steps", "weight_decay")

@@ -26,11 +26,12 @@ class SciMLConfig:
     """The kind and the sizes of SciML's network."""
 
     image_shape: tuple[int, int, int] = (1, 28, 28)
-    """Channels, height and width of an example."""
+    """The channels, height and width of an example."""
     model_type: ModelType = "deq"
-    """Where a solve starts: at zero, at a trained guess, at the cell's own guess."""
+    """Where a solve starts: at zero (`deq`), at a trained guess (`skipdeq`), or at the
+    cell's value for zeros (`skipregdeq`)."""
     channels: int = 64
-    """Channels of the cell."""
+    """How many channels the cell has."""
     num_classes: int = 10
     """The number of logits."""
 

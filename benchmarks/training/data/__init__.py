@@ -33,28 +33,29 @@ class DataOptions:
     """What to learn."""
 
     dataset: DatasetName = "digits"
-    """`digits` come with scikit-learn and `copy_memory` is synthetic; the others are
-    read from `data_dir`, or, if they are images to classify, fetched from OpenML."""
+    """Learn this data set. `digits` come with scikit-learn, and `copy_memory` is
+    synthetic. The others are read from `data_dir`. Without it, images to classify are
+    fetched from OpenML."""
     data_dir: Path | None = None
-    """The folder of the data set's files; of `text`, a file will do."""
+    """Read the data set's files from this folder, or `text` from this file."""
     train_size: int | None = None
-    """Train on so many examples, or tokens of text, only."""
+    """Train only on so many examples, or tokens of text."""
     test_size: int | None = None
-    """Test on so many examples, or tokens of text, only."""
+    """Test only on so many examples, or tokens of text."""
     standardise: bool = False
     """Images: give every channel of the training set mean 0 and variance 1."""
     augment: bool = False
-    """Images: train on them shifted by up to four pixels, and mirrored."""
+    """Images: shift them by up to four pixels and mirror them, at random."""
     keep_rest: bool = False
-    """Train on what is left over of an epoch's full batches too, as a smaller batch."""
+    """Train on the last examples of an epoch too, as a smaller batch."""
     image_size: tuple[int, int] | None = None
     """Segmentation: resize to this height and width."""
     level: Level = "word"
-    """Text: what a token is."""
+    """Text: make a token of every word or of every character."""
     sequence_length: int = 128
-    """Text: how many tokens a training step sees of every stream."""
+    """Text: train on so many tokens of every stream in a step."""
     delay: int = 100
-    """Copy memory: how long to remember."""
+    """Copy memory: remember for so many steps."""
 
     def __post_init__(self):
         check_positive(self, "train_size", "test_size", "sequence_length", "delay")

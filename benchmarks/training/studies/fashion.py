@@ -34,16 +34,16 @@ class FashionSettings(Settings):
     """Train on Fashion-MNIST."""
 
     data_dir: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
-    """The folder with the files of Fashion-MNIST."""
+    """Read the files of Fashion-MNIST from this folder."""
     recipes: tuple[Literal["resnet-fashion", "tutorial-fashion"], ...] = (
         "resnet-fashion",
         "tutorial-fashion",
     )
-    """Of which networks."""
+    """Train these networks."""
     train_size: int | None = None
-    """Train on so many images only."""
+    """Train only on so many images."""
     test_size: int | None = None
-    """Test on so many images only."""
+    """Test only on so many images."""
 
 
 def train_recipe(name: str, settings: FashionSettings) -> list[Row]:

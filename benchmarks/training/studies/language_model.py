@@ -34,17 +34,17 @@ class LanguageSettings(Settings):
     """Compare an equilibrium with a stack of layers."""
 
     text: pathlib.Path = pathlib.Path("text.txt")
-    """The file to learn; its last tenth is the test text."""
+    """Learn the text of this file. Its last tenth is the test text."""
     test_size: int = 100_000
-    """Test on so many characters only."""
+    """Test only on so many characters."""
     steps: int = 1000
-    """Training steps of each model."""
+    """Train each model for so many steps."""
     pretraining_steps: int = 300
-    """Those of the equilibrium model with the cell unrolled ..."""
+    """Unroll the cell in so many of the first steps of the equilibrium model."""
     pretraining_depth: int = 3
-    """... so many times."""
+    """Unroll the cell so many times."""
     batch_size: int = 16
-    """Streams of text in a step, of which it sees 128 characters each."""
+    """Use 128 characters each of so many streams of text in a training step."""
     model: models.TransformerConfig = dataclasses.replace(
         SMALL_TRANSFORMER, dropout=0.0
     )

@@ -39,19 +39,19 @@ class MultiscaleSettings(Settings):
     """Compare two scales with one."""
 
     data_dir: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
-    """The folder with the files of Fashion-MNIST."""
+    """Read the files of Fashion-MNIST from this folder."""
     train_size: int = 4800
-    """Train on so many images only."""
+    """Train only on so many images."""
     test_size: int = 2000
-    """Test on so many images only."""
+    """Test only on so many images."""
     epochs: float = 3.0
-    """Of each training, after the pretraining."""
+    """Train for so many epochs after the pretraining."""
     pretraining_epochs: float = 0.5
-    """Epochs with the cell unrolled three times."""
+    """Train for so many epochs with the cell unrolled three times."""
     batch_size: int = 32
-    """Images in a training step."""
+    """Use so many images in a training step."""
     seeds: int = 1
-    """How many times to train, with other weights and batches."""
+    """Train so many times, with other weights and batches."""
     equilibrium: EquilibriumOptions = FEW_STEPS
     """The solver and the adjoint."""
     jacobian: JacobianOptions = CONTRACT
@@ -59,7 +59,7 @@ class MultiscaleSettings(Settings):
     optimiser: OptimiserOptions = OptimiserOptions(
         learning_rate=2e-3, schedule="cosine", warmup_steps=50
     )
-    """Of both models."""
+    """Train both models by this optimiser."""
 
     def __post_init__(self):
         for name in ("epochs", "seeds"):

@@ -64,9 +64,9 @@ class TutorialSettings(Settings):
     """Train every combination."""
 
     data_dir: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
-    """The folder with the files of Fashion-MNIST."""
+    """Read the files of Fashion-MNIST from this folder."""
     model_types: tuple[ModelType, ...] = get_args(ModelType)
-    """Where a solve starts."""
+    """Start solves in these ways."""
     solvers: tuple[SolverName, ...] = (
         "newton-krylov",
         "broyden",
@@ -74,9 +74,9 @@ class TutorialSettings(Settings):
         "tsit5",
         "adams",
     )
-    """What finds the equilibrium."""
+    """Find the equilibrium by these solvers."""
     seeds: int = 5
-    """How many times to train every combination."""
+    """Train every combination so many times."""
 
     def __post_init__(self):
         if self.seeds < 1:
