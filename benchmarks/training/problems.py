@@ -12,10 +12,6 @@ import numpy as np
 
 from ..kit import problems
 from ..kit.problems import Problem
-from .data import load
-from .fit import fit
-from .recipes import RECIPES
-from .trainer import Trainer
 
 
 def trained_cell(folder: pathlib.Path, num_images: int = 128) -> Problem:
@@ -29,6 +25,12 @@ def trained_cell(folder: pathlib.Path, num_images: int = 128) -> Problem:
     path = folder / "trained_cell.npz"
     if path.exists():
         return problems.load(path)
+    # They need the extra `train`, and the other problems do not.
+    from .data import load
+    from .fit import fit
+    from .recipes import RECIPES
+    from .trainer import Trainer
+
     _, recipe = RECIPES["tutorial"]
     training = dataclasses.replace(recipe.training, epochs=10, spectral_examples=0)
     config = dataclasses.replace(recipe, training=training)
