@@ -203,7 +203,8 @@ def main() -> None:
         print(f"{record['status']}, {record['seconds']:.0f} s", flush=True)
     page = config.output_dir / f"{config.page}.md"
     page.write_text(render(PAGES[config.page], records, folder))
-    if config.page == "report" and config.output_dir == DOCS:
+    published = config.output_dir == DOCS and not config.quick
+    if config.page == "report" and published:
         readme.update(DOCS.parent / "README.md", page.read_text())
     print(f"Written in {time.perf_counter() - start:.0f} s: {page}")
 
