@@ -267,7 +267,7 @@ order = np.argsort(test(model)["loss"])
 classify = eqx.filter_jit(jax.vmap(lambda image: jnp.argmax(model(image)[0])))
 predicted = classify(test_images)
 figure, axes = plt.subplots(2, 8, figsize=(10, 3), layout="constrained")
-for axis, i in zip(axes.flat, [*order[:8], *order[:-9:-1]], strict=True):
+for axis, i in zip(axes.flat, [*order[:8], *order[:-9:-1]]):
     axis.imshow(test_images[i, 0], cmap="gray_r")
     axis.set_title(f"{test_labels[i]}: {predicted[i]}")
     axis.axis("off")
