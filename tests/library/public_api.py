@@ -1,4 +1,4 @@
-"""`python -m tests.public_api`: write the public names and their signatures down."""
+"""`python -m tests.library.public_api`: write the public names and signatures down."""
 
 import dataclasses
 import inspect
