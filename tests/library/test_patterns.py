@@ -131,6 +131,50 @@ def test_what_is_not_abstract_or_final_is_found():
     ]
 
 
+def unannotated_overrides(classes: Iterable[type[eqx.Module]]) -> Iterator[str]:
+    """Overrides, of other libraries' methods too, that the type check does not see."""
+    for cls in classes:
+        inherited = {
+            name
+            for parent in parents(cls)
+            for name in own_names(parent) | abstract_attributes(parent)
+        }
+        for name in sorted(own_names(cls) & inherited):
+            member = vars(cls)[name]
+            if isinstance(member, property):
+                member = member.fget
+            if inspect.isfunction(member):
+                signature = inspect.signature(member)
+                _, *arguments = signature.parameters.values()
+                annotations = [argument.annotation for argument in arguments]
+                if inspect.Signature.empty in (
+                    *annotations,
+                    signature.return_annotation,
+                ):
+                    yield f"{cls.__name__}.{name}"
+
+
+def test_overrides_are_annotated():
+    assert list(unannotated_overrides(all_modules())) == []
+
+
+class _Circle(_AbstractShape):
+    @property
+    def sides(self):
+        return 0
+
+    def area(self, scale=1.0) -> float:
+        return 3.0 * scale
+
+    def radius(self):
+        return 1.0
+
+
+def test_unannotated_overrides_are_found():
+    found = unannotated_overrides((_Square, _Unit, _Circle))
+    assert list(found) == ["_Circle.area", "_Circle.sides"]
+
+
 def public_values() -> dict[str, Any]:
     return {
         name: value
