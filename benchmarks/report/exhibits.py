@@ -32,8 +32,8 @@ class Exhibit:
 class Section:
     """A question, and the module in `benchmarks` that answers it.
 
-    `minutes` is when the script is stopped, if those before it have not left some of
-    theirs. `takes` is the option of the report that is passed on.
+    The script is stopped after `minutes`, and those that earlier scripts have left.
+    `takes` is the option of the report that is passed on.
     """
 
     script: str

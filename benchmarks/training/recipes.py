@@ -1,7 +1,7 @@
 """The published training recipes, from which the command line starts.
 
-Sizes, schedules and budgets are those of the papers' code. Their solvers and ours do
-not count steps in the same way, so a budget is a like one, not the same.
+Sizes, schedules and budgets are those of the papers' code. Its solvers count steps in
+another way than this library's, so a budget is similar, not equal.
 """
 
 import dataclasses

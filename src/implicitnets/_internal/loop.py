@@ -1,4 +1,4 @@
-"""The loop of every solver of ours, and what of its carry may change after the end.
+"""The loop of every solver here, and what of its carry may change after the end.
 
 Under `vmap` the examples of a batch run in lockstep until all have finished. What is
 read of an example after its end must stay as it was then: it is *kept*, which costs a
@@ -39,7 +39,7 @@ class Unfrozen(eqx.Module, Generic[_Value]):
 
 
 class SolverState(eqx.Module, Generic[_Kept, _Free]):
-    """The state of every Optimistix solver of ours.
+    """The state of every Optimistix solver of this library.
 
     **Attributes:**
 

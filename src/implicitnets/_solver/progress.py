@@ -29,7 +29,7 @@ def divergence_bound(f: PyTree[Array], residual_norm: Scalar, f_norm: Scalar) ->
 
 
 class Progress(eqx.Module, Generic[_Y]):
-    """What every solver of ours keeps: its best evaluated iterate, and its verdict.
+    """What every solver here keeps: its best evaluated iterate, and its verdict.
 
     The stopping rule is `norm(f(z) - z) <= atol + rtol * norm(f(z))`. Iterates are
     ranked by the residual norm in units of the right-hand side, so that an iterate for

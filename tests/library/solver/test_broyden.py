@@ -214,7 +214,7 @@ def test_line_search_after_a_step_that_overflows():
     big, eps = tolerance(1e15, 1e140), float(jnp.finfo(jnp.result_type(float)).eps)
 
     def fn(z, _):
-        # Nearly level, whence the overflow; and with a root where that leads.
+        # Nearly level, so that it overflows, with a root where that leads.
         level = jnp.where(z < 0.5 * big, big, (1 + 4 * eps) * big)
         residual = jnp.where(z < 1.5 * big, level, 0)
         return z + jnp.where(z < -big, jnp.nan, residual)
