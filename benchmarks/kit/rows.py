@@ -139,7 +139,7 @@ def false_claims(
 
 
 def time_rows(prepared: list[Prepared], repeats: int, description: str) -> list[Row]:
-    """The rows, with median times of those that passed their checks; calls alternate."""
+    """The rows, with median times of those that passed their checks."""
     calls = {}
     for i, item in enumerate(prepared):
         if item.passed:

