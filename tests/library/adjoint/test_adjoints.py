@@ -48,12 +48,25 @@ ADJOINTS = {
     "unrolled": optx.RecursiveCheckpointAdjoint(),
 }
 
-# What does not exist.
 SOLVER_OF_ITS_OWN = {"shine": "broyden", "reversible": "reversible"}
 REVERSE_MODE_ONLY = {"reversible", "unrolled"}
 # The LU factorisation of JAX is for float32 and float64, and `FixedPointIteration`
 # changes the dtype of its state.
 NOT_IN_HALF_PRECISION = {"newton", "chord", "fixed_point_iteration", "optx_implicit"}
+
+PAIRS = [
+    (name, solver_name)
+    for name in ADJOINTS
+    for solver_name in SOLVERS
+    if SOLVER_OF_ITS_OWN.get(name, solver_name) == solver_name
+]
+PAIRS_IN_HALF_PRECISION = [
+    pair
+    for pair in PAIRS
+    if not set(pair) & NOT_IN_HALF_PRECISION
+    # With that few digits a least-squares problem has no derivative.
+    and pair != ("unrolled", "anderson")
+]
 
 
 class Tolerances(NamedTuple):
@@ -121,76 +134,112 @@ def loss(weight, x, adjoint, solver):
     return jnp.sum(LOSS_WEIGHTS.astype(x.dtype) * sol.value)
 
 
-def derivatives(adjoint, solver, forward_mode, weight, xs):
-    """`vmap` of `grad`; forward mode of that, so the second order; `grad` of `vmap`."""
+class Transformations(NamedTuple):
+    """What a program has besides the gradient of a batch's total loss."""
 
-    def value_and_grad(weight, x):
-        return jax.value_and_grad(loss, argnums=(0, 1))(weight, x, adjoint, solver)
+    forward_mode: bool  # over the gradient, so the second order, too
+    vmap_of_grad: bool
 
-    def of_example(x):
-        if not forward_mode:
-            return value_and_grad(weight, x), None
-        tangents = jnp.ones_like(weight), jnp.ones_like(x)
-        return jax.jvp(value_and_grad, (weight, x), tangents)
 
-    def total(weight, xs):
-        return jnp.sum(jax.vmap(lambda x: loss(weight, x, adjoint, solver))(xs))
+def transformations(name, solver_name, dtype):
+    """All that exists of an adjoint, with some solvers; the gradient with every one.
 
-    return jax.vmap(of_example)(xs), jax.grad(total, argnums=(0, 1))(weight, xs)
+    Most adjoints do not differentiate the solver, and do the same whatever it is: to
+    compile that again for every solver would take most of the time of these tests.
+    """
+    representative = solver_name in ("anderson", "newton", SOLVER_OF_ITS_OWN.get(name))
+    full = dtype is None
+    return Transformations(
+        forward_mode=name not in REVERSE_MODE_ONLY and (full or representative),
+        vmap_of_grad=full and representative,
+    )
+
+
+def derivatives(adjoint, solver, which, weight, xs):
+    """Values; the gradient of their sum; its derivative along ones; each by itself."""
+
+    def value_and_grad(weight, xs):
+        def total(weight, xs):
+            values = jax.vmap(lambda x: loss(weight, x, adjoint, solver))(xs)
+            return jnp.sum(values), values
+
+        (_, values), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(weight, xs)
+        return values, grads
+
+    tangents = apart = None
+    if which.forward_mode:
+        ones = jnp.ones_like(weight), jnp.ones_like(xs)
+        out, tangents = jax.jvp(value_and_grad, (weight, xs), ones)
+    else:
+        out = value_and_grad(weight, xs)
+    if which.vmap_of_grad:
+        grad = jax.grad(loss, argnums=(0, 1))
+        apart = jax.vmap(lambda x: grad(weight, x, adjoint, solver))(xs)
+    return out, tangents, apart
 
 
 @pytest.mark.parametrize(
-    "dtype",
+    "name, solver_name, dtype",
     # The precision of the suite, and half of one.
-    (None, pytest.param(jnp.bfloat16, marks=pytest.mark.one_precision)),
-    ids=("full", "half"),
-)
-@pytest.mark.parametrize("solver_name", SOLVERS)
-@pytest.mark.parametrize("name", ADJOINTS)
-def test_every_adjoint_with_every_solver(name, solver_name, dtype):
-    """All that exists of it in one program, as it is compiling that takes the time."""
-    adjoint, solver = (
-        ADJOINTS[name],
-        SOLVERS[solver_name](TOL if dtype is None else 0.02),
-    )
-    if SOLVER_OF_ITS_OWN.get(name, solver_name) != solver_name:
-        with pytest.raises(TypeError, match=f"{type(solver).__name__}"):
-            jax.eval_shape(lambda x: loss(WEIGHT, x, adjoint, solver), XS[0])
-        return
-    if dtype is not None:
-        if {name, solver_name} & NOT_IN_HALF_PRECISION:
-            pytest.skip("It does not exist.")
-        if (name, solver_name) == ("unrolled", "anderson"):
-            pytest.skip(
-                "With that few digits a least-squares problem has no derivative."
+    [
+        *(pytest.param(*pair, None, id="-".join(pair)) for pair in PAIRS),
+        *(
+            pytest.param(
+                *(*pair, jnp.bfloat16),
+                id="-".join((*pair, "half")),
+                marks=pytest.mark.one_precision,
             )
-    forward_mode = name not in REVERSE_MODE_ONLY
-    program = jax.jit(ft.partial(derivatives, adjoint, solver, forward_mode))
+            for pair in PAIRS_IN_HALF_PRECISION
+        ),
+    ],
+)
+def test_every_adjoint_with_every_solver(name, solver_name, dtype):
+    """One program for each, as compiling is what takes the time."""
+    adjoint = ADJOINTS[name]
+    solver = SOLVERS[solver_name](TOL if dtype is None else 0.02)
+    which = transformations(name, solver_name, dtype)
+    program = jax.jit(ft.partial(derivatives, adjoint, solver, which))
     inputs = jtu.tree_map(lambda a: a.astype(dtype or a.dtype), (WEIGHT, XS))
-    ((values, grads), tangents), (total_weight, grad_xs) = program(*inputs)
-    for out in jtu.tree_leaves((values, grads, tangents, total_weight, grad_xs)):
-        assert out.dtype == inputs[0].dtype
+    out = program(*inputs)
+    assert all(leaf.dtype == inputs[0].dtype for leaf in jtu.tree_leaves(out))
+    (values, (grad_weight, grad_xs)), tangents, apart = out
     num_terms = 1 if name == "jacobian_free" else MANY
     tols = Tolerances.of(name, dtype)
+    roots = [equilibrium(WEIGHT, x) for x in XS]
+    exact = [np.sum(np.asarray(LOSS_WEIGHTS, float) * root) for root in roots]
+    assert np.allclose(values, exact, rtol=0, atol=tols.value)
     expected = [series_gradient(WEIGHT, x, num_terms) for x in XS]
-    for i, x in enumerate(XS):
-        root = equilibrium(WEIGHT, x)
-        exact = np.sum(np.asarray(LOSS_WEIGHTS, float) * root)
-        assert np.allclose(values[i], exact, rtol=0, atol=tols.value)
-        got = jtu.tree_map(lambda g, i=i: g[i], grads)
-        assert relative_error(got, expected[i]) < tols.gradient
-        if forward_mode:
-            tangent, second = jtu.tree_map(lambda g, i=i: g[i], tangents)
-            along = np.sum(expected[i][0]) + np.sum(expected[i][1])
-            assert np.allclose(tangent, along, rtol=tols.gradient, atol=tols.gradient)
-            root = root if name == "jacobian_free" else None
-            wanted = series_second_derivative(
-                np.asarray(WEIGHT, float), np.asarray(x, float), num_terms, root
+    for i, grad in enumerate(expected):
+        assert relative_error(grad_xs[i], grad[1]) < tols.gradient
+        if apart is not None:
+            got = jtu.tree_map(lambda g, i=i: g[i], apart)
+            assert relative_error(got, grad) < tols.gradient
+    assert relative_error(grad_weight, sum(g for g, _ in expected)) < tols.gradient
+    if tangents is not None:
+        t_values, (second_weight, second_xs) = tangents
+        along = [np.sum(g_weight) + np.sum(g_x) for g_weight, g_x in expected]
+        assert np.allclose(t_values, along, rtol=tols.gradient, atol=tols.gradient)
+        seconds = [
+            series_second_derivative(
+                np.asarray(WEIGHT, float),
+                np.asarray(x, float),
+                num_terms,
+                root if name == "jacobian_free" else None,
             )
-            assert relative_error(second, wanted) < tols.second
-    assert relative_error(total_weight, sum(g for g, _ in expected)) < tols.gradient
-    grad_xs_error = relative_error(grad_xs, np.stack([g for _, g in expected]))
-    assert grad_xs_error < tols.gradient
+            for x, root in zip(XS, roots, strict=True)
+        ]
+        for i, second in enumerate(seconds):
+            assert relative_error(second_xs[i], second[1]) < tols.second
+        wanted = sum(second for second, _ in seconds)
+        assert relative_error(second_weight, wanted) < tols.second
+
+
+@pytest.mark.parametrize("solver_name", ("anderson", "newton"))
+@pytest.mark.parametrize("name", SOLVER_OF_ITS_OWN)
+def test_an_adjoint_for_one_solver_names_the_other(name, solver_name):
+    solver = SOLVERS[solver_name](TOL)
+    with pytest.raises(TypeError, match=f"{type(solver).__name__}"):
+        jax.eval_shape(lambda x: loss(WEIGHT, x, ADJOINTS[name], solver), XS[0])
 
 
 @pytest.mark.parametrize(
@@ -213,8 +262,11 @@ def test_every_adjoint_with_every_solver(name, solver_name, dtype):
 )
 def test_what_is_not_finite_gives_nan(adjoint, needs_jacobian):
     """A cotangent, or the Jacobian; and never a zero, nor a neighbour's gradient."""
-    reversible = isinstance(adjoint, inn.ReversibleAdjoint)
-    solver = SOLVERS["reversible" if reversible else "broyden"](1e-2)
+    solver_name = {
+        inn.ShineAdjoint: "broyden",
+        inn.ReversibleAdjoint: "reversible",
+    }.get(type(adjoint), "fixed_point_iteration")
+    solver = SOLVERS[solver_name](1e-2)
 
     def fn(z, args):
         x, square = args
@@ -332,53 +384,62 @@ def test_value_where_the_steps_of_the_derivative_overflow():
     assert jax.value_and_grad(value)(jnp.ones(1))[0] == 4
 
 
+class Inner(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, z, x):
+        return 0.6 * jnp.sin(self.weight @ z + x["scale"] * x["input"])
+
+
+class Outer(eqx.Module):
+    inner: inn.DeepEquilibriumNetwork
+
+    def __call__(self, z, x):
+        inner = self.inner({**x, "input": x["input"] + z}, z0=jnp.zeros(SIZE))
+        return 0.4 * jnp.cos(inner + z)
+
+
+def nested_loss(x, weight, adjoint):
+    """A layer in a layer and another one, in a `scan`, with an integer in the input."""
+    solver = SOLVERS["anderson"](TOL)
+    inner = inn.DeepEquilibriumNetwork(Inner(weight), solver, adjoint=adjoint)
+    outer = inn.DeepEquilibriumNetwork(Outer(inner), solver, adjoint=adjoint)
+
+    def advance(carry, _):
+        inputs = {"input": carry, "scale": jnp.array(2.0), "index": jnp.array(1)}
+        z = outer(inputs, z0=jnp.zeros(SIZE))
+        other = inner(inputs, z0=jnp.zeros(SIZE))
+        return z + 0.1 * other, jnp.sum(z[:2] ** 2)
+
+    end, sums = jax.lax.scan(advance, x, length=2)
+    return jnp.sum(sums) + jnp.sum(LOSS_WEIGHTS * end)
+
+
+@pytest.fixture(scope="module")
+def nested_values():
+    """Without derivatives, and so the same under every adjoint: here, and shifted."""
+    adjoint = inn.JacobianFreeAdjoint()
+    step, direction = tolerance(1e-2, 1e-5), make_vector(SIZE, seed=11)
+    program = jax.jit(ft.partial(nested_loss, weight=WEIGHT, adjoint=adjoint))
+    shifts = (0.0, step, -step)
+    value, above, below = (program(XS[0] + shift * direction) for shift in shifts)
+    return value, (above - below) / (2 * step), direction
+
+
 @pytest.mark.parametrize(
     "adjoint",
     (inn.ImplicitAdjoint(TIGHT), inn.PhantomAdjoint(60), inn.NeumannAdjoint(60)),
+    ids=lambda adjoint: type(adjoint).__name__,
 )
-def test_layers_in_layers_in_losses(adjoint):
-    """A layer in a layer and another one, in a `scan`, with an integer in the input."""
-    solver = SOLVERS["anderson"](TOL)
-
-    class Inner(eqx.Module):
-        weight: jax.Array
-
-        def __call__(self, z, x):
-            return 0.6 * jnp.sin(self.weight @ z + x["scale"] * x["input"])
-
-    class Outer(eqx.Module):
-        inner: inn.DeepEquilibriumNetwork
-
-        def __call__(self, z, x):
-            inner = self.inner({**x, "input": x["input"] + z}, z0=jnp.zeros(SIZE))
-            return 0.4 * jnp.cos(inner + z)
-
-    inner = inn.DeepEquilibriumNetwork(Inner(WEIGHT), solver, adjoint=adjoint)
-    outer = inn.DeepEquilibriumNetwork(Outer(inner), solver, adjoint=adjoint)
-
-    def model_loss(params):
-        layer, x = params
-
-        def advance(carry, _):
-            inputs = {"input": carry, "scale": jnp.array(2.0), "index": jnp.array(1)}
-            z = layer(inputs, z0=jnp.zeros(SIZE))
-            other = layer.cell.inner(inputs, z0=jnp.zeros(SIZE))
-            return z + 0.1 * other, jnp.sum(z[:2] ** 2)
-
-        end, sums = jax.lax.scan(advance, x, length=2)
-        return jnp.sum(sums) + jnp.sum(LOSS_WEIGHTS * end)
-
-    params, direction = (outer, XS[0]), make_vector(SIZE, seed=11)
-    value, grads = eqx.filter_jit(eqx.filter_value_and_grad(model_loss))(params)
-    step = tolerance(1e-2, 1e-5)
-    evaluate = eqx.filter_jit(model_loss)
-    shifted = [evaluate((outer, XS[0] + s * step * direction)) for s in (1, -1)]
-    along = (shifted[0] - shifted[1]) / (2 * step)
-    assert np.allclose(value, evaluate(params), rtol=tolerance(2e-5, 1e-9))
+def test_layers_in_layers_in_losses(adjoint, nested_values):
+    expected, along, direction = nested_values
+    program = jax.jit(jax.value_and_grad(nested_loss, argnums=(0, 1)), static_argnums=2)
+    value, (grad_x, grad_weight) = program(XS[0], WEIGHT, adjoint)
+    assert np.allclose(value, expected, rtol=tolerance(2e-5, 1e-9))
     assert np.allclose(
-        jnp.sum(grads[1] * direction), along, rtol=tolerance(2e-3, 1e-7), atol=1e-6
+        jnp.sum(grad_x * direction), along, rtol=tolerance(2e-3, 1e-7), atol=1e-6
     )
-    assert jnp.all(grads[0].cell.inner.cell.weight != 0)
+    assert jnp.all(grad_weight != 0)
 
 
 @pytest.mark.parametrize(
