@@ -10,8 +10,8 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from .._internal.pytree import tree_all_finite
+from .._internal.types import LinearSolution, Tags
 from .._linear_solver.gmres import GivensGMRES
-from .._linear_solver.matrix_free import LinearSolution
 from .report import AbstractReportingAdjoint, AdjointReport
 from .root import AbstractInversion, differentiate_root
 
@@ -75,7 +75,7 @@ class ImplicitAdjoint(AbstractReportingAdjoint):
         primal_fn: Callable,
         rewrite_fn: Callable,
         inputs: PyTree,
-        tags: frozenset[object],
+        tags: Tags,
     ) -> tuple[PyTree[Array], Any]:
         inversion = _Inversion(self.linear_solver, self.fallback)
         return differentiate_root(

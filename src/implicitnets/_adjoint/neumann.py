@@ -4,6 +4,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, PyTree, ScalarLike
 
+from .._internal.types import Tags
 from .._linear_solver.neumann import NeumannSeries
 from .implicit import ImplicitAdjoint
 from .report import AbstractReportingAdjoint, AdjointReport
@@ -57,7 +58,7 @@ class NeumannAdjoint(AbstractReportingAdjoint):
         primal_fn: Callable,
         rewrite_fn: Callable,
         inputs: PyTree,
-        tags: frozenset[object],
+        tags: Tags,
     ) -> tuple[PyTree[Array], Any]:
         adjoint = ImplicitAdjoint(self._series(), probe=self.probe)
         return adjoint.apply(primal_fn, rewrite_fn, inputs, tags)

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree, ScalarLike
 from .._internal.checks import check_integer, check_number
 from .._internal.optimistix import run_solve
 from .._internal.pytree import working_dtype
+from .._internal.types import Tags
 from .detach import close_aux, detach, substitute
 
 
@@ -60,7 +61,7 @@ class PhantomAdjoint(optx.AbstractAdjoint):
         primal_fn: Callable,
         rewrite_fn: Callable,
         inputs: PyTree,
-        tags: frozenset[object],
+        tags: Tags,
     ) -> tuple[PyTree[Array], Any]:
         del tags
         root, aux = run_solve(primal_fn, detach(inputs))
@@ -101,6 +102,6 @@ class JacobianFreeAdjoint(optx.AbstractAdjoint):
         primal_fn: Callable,
         rewrite_fn: Callable,
         inputs: PyTree,
-        tags: frozenset[object],
+        tags: Tags,
     ) -> tuple[PyTree[Array], Any]:
         return PhantomAdjoint(num_steps=1).apply(primal_fn, rewrite_fn, inputs, tags)

@@ -20,6 +20,7 @@ from .._internal.optimistix import (
     SolveOutputs,
 )
 from .._internal.pytree import tree_cast_like, working_dtype
+from .._internal.types import Tags
 from .._solver.reversible import ReversibleFixedPoint, ReversibleState, start_pair
 from .detach import close_aux, detach, substitute
 from .implicit import ImplicitAdjoint
@@ -92,7 +93,7 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
         primal_fn: Callable,
         rewrite_fn: Callable,
         inputs: PyTree,
-        tags: frozenset[object],
+        tags: Tags,
     ) -> tuple[PyTree[Array], Any]:
         solve = solve_inputs(inputs)
         if not isinstance(observed(solve.solver), ReversibleFixedPoint):

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._internal.optimistix import run_solve
 from .._internal.pytree import tree_cast_like, tree_dot, working_dtype
-from .._linear_solver.matrix_free import LinearSolution
+from .._internal.types import LinearSolution, Tags
 from .detach import close_aux
 from .report import AdjointReport, result_number
 
@@ -49,7 +49,7 @@ def differentiate_root(
     primal_fn: Callable,
     rewrite_fn: Callable,
     inputs: PyTree,
-    tags: frozenset[object],
+    tags: Tags,
     inversion: AbstractInversion,
     probe: AdjointReport | None,
 ) -> tuple[PyTree[Array], Any]:
@@ -110,7 +110,7 @@ def _depend_on(tangents: PyTree, vector: PyTree[Array]) -> PyTree[Array]:
 def _solve(
     jacobian: Callable[[PyTree[Array]], PyTree[Array]],
     vector: PyTree[Array],
-    tags: frozenset[object],
+    tags: Tags,
     inversion: AbstractInversion,
     aux: PyTree,
     t_probe: AdjointReport | None,

@@ -10,8 +10,8 @@ from jaxtyping import Array, PyTree
 
 from .._internal.checks import check_integer
 from .._internal.optimistix import solve_inputs, SolveOutputs
+from .._internal.types import LinearSolution, Tags
 from .._linear_solver.gmres import GivensGMRES
-from .._linear_solver.matrix_free import LinearSolution
 from .._solver.broyden import Broyden, BroydenState, inverse_jacobian
 from .report import AbstractReportingAdjoint, AdjointReport
 from .root import AbstractInversion, differentiate_root
@@ -71,7 +71,7 @@ class ShineAdjoint(AbstractReportingAdjoint):
         primal_fn: Callable,
         rewrite_fn: Callable,
         inputs: PyTree,
-        tags: frozenset[object],
+        tags: Tags,
     ) -> tuple[PyTree[Array], Any]:
         solver = solve_inputs(inputs).solver
         if not _find(solver, Broyden):

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .loop import while_loop
+from .types import Fn, Options, Stats, Tags
 
 
 class SolveInputs(NamedTuple):
@@ -27,15 +28,15 @@ class SolveInputs(NamedTuple):
     - `f_struct`, `aux_struct`: what `fn` returns.
     """
 
-    fn: Callable
+    fn: Fn
     solver: Any
     y0: PyTree[Array]
     args: Any
-    options: dict[str, Any]
+    options: Options
     max_steps: int | None
     f_struct: PyTree
     aux_struct: PyTree
-    tags: frozenset[object]
+    tags: Tags
 
 
 class SolveOutputs(NamedTuple):
@@ -53,7 +54,7 @@ class SolveOutputs(NamedTuple):
     state: PyTree
     static_state: Any
     aux: PyTree
-    stats: dict[str, Any]
+    stats: Stats
 
 
 def solve_inputs(inputs: tuple) -> SolveInputs:

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -9,7 +9,8 @@ from jaxtyping import Array, PyTree
 
 from .._internal.checks import check_hyperparameter, check_integer
 from .._internal.optimistix import run_solve
-from .matrix_free import AbstractMatrixFreeSolver, LinearSolution, Product
+from .._internal.types import LinearSolution, Options, Product, Tags
+from .matrix_free import AbstractMatrixFreeSolver
 
 
 class FixedPointLinearSolver(AbstractMatrixFreeSolver):
@@ -61,7 +62,7 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             check_integer(self, "max_steps", 1)
 
     def _solve(
-        self, product: Product, vector: PyTree[Array], options: dict[str, Any]
+        self, product: Product, vector: PyTree[Array], options: Options
     ) -> LinearSolution:
         def iteration(u, args):
             del args
@@ -90,7 +91,7 @@ class _NoAdjoint(optx.AbstractAdjoint):
         primal_fn: Callable,
         rewrite_fn: Callable,
         inputs: PyTree,
-        tags: frozenset[object],
+        tags: Tags,
     ) -> PyTree[Array]:
         del rewrite_fn, tags
         return run_solve(primal_fn, inputs)

@@ -1,5 +1,5 @@
 import functools as ft
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -19,7 +19,8 @@ from .._internal.history import (
 )
 from .._internal.loop import Unfrozen, while_loop
 from .._internal.pytree import tree_dot, working_dtype
-from .matrix_free import AbstractMatrixFreeSolver, LinearSolution, Product
+from .._internal.types import LinearSolution, Options, Product
+from .matrix_free import AbstractMatrixFreeSolver
 
 
 # Orthogonalise a second time if less than this share of a product was left: it has
@@ -79,7 +80,7 @@ class GivensGMRES(AbstractMatrixFreeSolver):
     """
 
     _options: ClassVar[tuple[str, ...]] = ("preconditioner", "y0")
-    # That `num_steps` is the number of products.
+    # Its `num_steps` is the number of products with the operator.
     counts_products: ClassVar[bool] = True
 
     rtol: ScalarLike
@@ -94,7 +95,7 @@ class GivensGMRES(AbstractMatrixFreeSolver):
         check_integer(self, "restart", 1)
 
     def _solve(
-        self, product: Product, vector: PyTree[Array], options: dict[str, Any]
+        self, product: Product, vector: PyTree[Array], options: Options
     ) -> LinearSolution:
         dtype = working_dtype(vector)
         size = sum(x.size for x in jtu.tree_leaves(vector))

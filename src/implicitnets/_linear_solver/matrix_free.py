@@ -1,6 +1,4 @@
 import abc
-from collections.abc import Callable
-from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,12 +8,7 @@ from jaxtyping import Array, PyTree
 
 from .._internal.checks import check_options
 from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
-
-
-# What a Lineax solver returns: the solution, the result and the statistics.
-LinearSolution: TypeAlias = tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]
-
-Product: TypeAlias = Callable[[PyTree[Array]], PyTree[Array]]
+from .._internal.types import LinearSolution, Options, Product
 
 
 class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
@@ -24,12 +17,12 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
     Only for real square operators.
     """
 
-    # The names of those that it takes.
+    # The names of the options that it takes.
     _options: eqx.AbstractClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
     def _solve(
-        self, product: Product, vector: PyTree[Array], options: dict[str, Any]
+        self, product: Product, vector: PyTree[Array], options: Options
     ) -> LinearSolution:
         """Solve one system in the working dtype.
 
@@ -45,7 +38,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
         """
 
     def init(
-        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+        self, operator: lx.AbstractLinearOperator, options: Options
     ) -> lx.AbstractLinearOperator:
         check_options(self, options, *self._options)
         if operator.in_structure() != operator.out_structure():
@@ -57,7 +50,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
         self,
         state: lx.AbstractLinearOperator,
         vector: PyTree[Array],
-        options: dict[str, Any],
+        options: Options,
     ) -> LinearSolution:
         if any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(vector)):
             raise ValueError(f"`{type(self).__name__}` is for real vectors only.")
@@ -76,8 +69,8 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
         return tree_cast_like(value, vector), result, stats
 
     def transpose(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        self, state: lx.AbstractLinearOperator, options: Options
+    ) -> tuple[lx.AbstractLinearOperator, Options]:
         new_options = dict(options)
         # A start for one system is none for its transpose.
         new_options.pop("y0", None)
@@ -86,8 +79,8 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver):
         return state.transpose(), new_options
 
     def conj(
-        self, state: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> tuple[lx.AbstractLinearOperator, dict[str, Any]]:
+        self, state: lx.AbstractLinearOperator, options: Options
+    ) -> tuple[lx.AbstractLinearOperator, Options]:
         new_options = dict(options)
         if "preconditioner" in options:
             new_options["preconditioner"] = lx.conj(options["preconditioner"])

@@ -1,4 +1,4 @@
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.lax as lax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ from jaxtyping import Array, PyTree, ScalarLike
 
 from .._internal.checks import check_integer, check_number
 from .._internal.pytree import working_dtype
-from .matrix_free import AbstractMatrixFreeSolver, LinearSolution, Product
+from .._internal.types import LinearSolution, Options, Product
+from .matrix_free import AbstractMatrixFreeSolver
 
 
 class NeumannSeries(AbstractMatrixFreeSolver):
@@ -40,7 +41,7 @@ class NeumannSeries(AbstractMatrixFreeSolver):
     """
 
     _options: ClassVar[tuple[str, ...]] = ()
-    # That `num_steps` is the number of products.
+    # Its `num_steps` is the number of products with the operator.
     counts_products: ClassVar[bool] = True
 
     num_terms: int = 5
@@ -51,7 +52,7 @@ class NeumannSeries(AbstractMatrixFreeSolver):
         check_number(self, "damping", lambda x: 0 <= x < 1, "in the interval [0, 1)")
 
     def _solve(
-        self, product: Product, vector: PyTree[Array], options: dict[str, Any]
+        self, product: Product, vector: PyTree[Array], options: Options
     ) -> LinearSolution:
         del options
         weight = 1 - jnp.asarray(self.damping, working_dtype(vector))
