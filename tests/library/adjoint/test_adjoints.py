@@ -117,9 +117,9 @@ def series_second_derivative(weight, x, num_terms, root):
     """Along ones, by finite differences; around a fixed root unless that is `None`."""
     ends = [
         series_gradient(weight + step, x + step, num_terms, root=root)
-        for step in (1e-4, -1e-4)
+        for step in (1e-5, -1e-5)
     ]
-    return [(a - b) / 2e-4 for a, b in zip(*ends, strict=True)]
+    return [(a - b) / 2e-5 for a, b in zip(*ends, strict=True)]
 
 
 def loss(weight, x, adjoint, solver):
