@@ -274,9 +274,9 @@ for axis, i in zip(axes.flat, [*order[:8], *order[:-9:-1]]):
 figure.savefig(config.output_dir / "digits.png", dpi=150)
 
 # %% [markdown]
-# Two solvers, on the sixteen easiest and the sixteen hardest images. The curves are the
-# medians of the relative residual $\lVert f(z, x) - z \rVert / \lVert f(z, x) \rVert$,
-# and the bands have the middle half.
+# The last figure compares two solvers on the sixteen easiest and the sixteen hardest
+# images. Its curves are medians of the relative residual
+# $\lVert f(z, x) - z \rVert / \lVert f(z, x) \rVert$.
 
 
 # %%
