@@ -7,14 +7,14 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree, ScalarLike
+from jaxtyping import Array, Int, PyTree, ScalarLike
 
-from .types import Fn, Norm, Options, Stats, Tags
+from .types import Answer, Aux, Fn, Norm, Options, Stats, Tags, Verdict, Y
 
 
 class AbstractObserver(eqx.Module):
     @abc.abstractmethod
-    def init(self, y: PyTree[Array], args: Any, stats: Stats) -> PyTree[Array]:
+    def init(self, y: Y, args: Any, stats: Stats) -> PyTree[Array]:
         """The notes before the first step, from the solver's statistics by then."""
 
     @abc.abstractmethod
@@ -22,14 +22,14 @@ class AbstractObserver(eqx.Module):
         self,
         notes: PyTree[Array],
         num_steps: Int[Array, ""],
-        y: PyTree[Array],
+        y: Y,
         args: Any,
         stats: Stats,
     ) -> PyTree[Array]:
         """The notes after a step that led to `y`, which `num_steps` includes."""
 
 
-class _ObservedState(eqx.Module):
+class _State(eqx.Module):
     solver_state: Any
     num_steps: Int[Array, ""]
     notes: PyTree[Array]
@@ -54,57 +54,57 @@ class _AbstractObserved(optx.AbstractIterativeSolver):
     def init(
         self,
         fn: Fn,
-        y: PyTree[Array],
+        y: Y,
         args: Any,
         options: Options,
         f_struct: PyTree,
         aux_struct: PyTree,
         tags: Tags,
-    ) -> _ObservedState:
+    ) -> _State:
         state = self.solver.init(fn, y, args, options, f_struct, aux_struct, tags)
         aux = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), aux_struct)
         stats = self._stats(fn, y, aux, args, options, state, tags)
-        return _ObservedState(state, jnp.array(0), self.observer.init(y, args, stats))
+        return _State(state, jnp.array(0), self.observer.init(y, args, stats))
 
     def step(
         self,
         fn: Fn,
-        y: PyTree[Array],
+        y: Y,
         args: Any,
         options: Options,
-        state: _ObservedState,
+        state: _State,
         tags: Tags,
-    ) -> tuple[PyTree[Array], _ObservedState, Any]:
+    ) -> tuple[Y, _State, Aux]:
         y, solver_state, aux = self.solver.step(
             fn, y, args, options, state.solver_state, tags
         )
         num_steps = state.num_steps + 1
         stats = self._stats(fn, y, aux, args, options, solver_state, tags)
         notes = self.observer.update(state.notes, num_steps, y, args, stats)
-        return y, _ObservedState(solver_state, num_steps, notes), aux
+        return y, _State(solver_state, num_steps, notes), aux
 
     def terminate(
         self,
         fn: Fn,
-        y: PyTree[Array],
+        y: Y,
         args: Any,
         options: Options,
-        state: _ObservedState,
+        state: _State,
         tags: Tags,
-    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    ) -> Verdict:
         return self.solver.terminate(fn, y, args, options, state.solver_state, tags)
 
     def postprocess(
         self,
         fn: Fn,
-        y: PyTree[Array],
-        aux: Any,
+        y: Y,
+        aux: Aux,
         args: Any,
         options: Options,
-        state: _ObservedState,
+        state: _State,
         tags: Tags,
         result: optx.RESULTS,
-    ) -> tuple[PyTree[Array], Any, Stats]:
+    ) -> Answer:
         y, aux, stats = self.solver.postprocess(
             fn, y, aux, args, options, state.solver_state, tags, result
         )
@@ -113,8 +113,8 @@ class _AbstractObserved(optx.AbstractIterativeSolver):
     def _stats(
         self,
         fn: Fn,
-        y: PyTree[Array],
-        aux: Any,
+        y: Y,
+        aux: Aux,
         args: Any,
         options: Options,
         state: Any,
@@ -161,7 +161,7 @@ def observed(solver_or_state: Any) -> Any:
     """The solver or the state within; those that are not observed are returned."""
     while isinstance(solver_or_state, _AbstractObserved):
         solver_or_state = solver_or_state.solver
-    while isinstance(solver_or_state, _ObservedState):
+    while isinstance(solver_or_state, _State):
         solver_or_state = solver_or_state.solver_state
     return solver_or_state
 

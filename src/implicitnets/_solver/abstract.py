@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import PyTree
 
 from .._internal.checks import check_options
 from .._internal.loop import SolverState, Unfrozen
-from .._internal.types import Fn, Options, Stats, Tags
+from .._internal.types import Answer, Aux, Fn, Options, Tags, Verdict, Y
 from .progress import Progress
 
 
@@ -18,64 +18,51 @@ _Free = TypeVar("_Free")
 
 
 class Problem(NamedTuple):
-    """What stays the same during a solve. Calling it evaluates the function.
-
-    **Attributes:**
-
-    - `fn`, `args`, `tags`: as in Optimistix.
-    """
+    """What stays the same during a solve. Calling it evaluates the function."""
 
     fn: Fn
     args: Any
     tags: Tags
 
-    def __call__(self, y: PyTree[Array]) -> tuple[PyTree[Array], Any]:
-        """The function's value and auxiliary output."""
+    def __call__(self, y: Y) -> tuple[Y, Aux]:
         return self.fn(y, self.args)
 
 
 class AbstractSolver(optx.AbstractIterativeSolver, Generic[_Kept, _Free]):
     """An Optimistix solver whose state is a [`SolverState`][].
 
-    A subclass also inherits from the class of solvers that it belongs to, by which
-    Optimistix goes.
+    Optimistix goes by the class of a solver, so a subclass also inherits from
+    `optimistix.AbstractFixedPointSolver` or `optimistix.AbstractRootFinder`.
     """
 
     @abc.abstractmethod
-    def _start(self, problem: Problem, y: PyTree[Array]) -> tuple[_Kept, _Free]:
+    def _start(self, problem: Problem, y: Y) -> tuple[_Kept, _Free]:
         """Both parts of the state before the first step."""
 
     @abc.abstractmethod
     def _advance(
-        self,
-        problem: Problem,
-        y: PyTree[Array],
-        kept: _Kept,
-        free: _Free,
-        num_steps: Int[Array, ""],
-    ) -> tuple[PyTree[Array], _Kept, _Free, Any]:
-        """One step: the next iterate, the new parts and the auxiliary output."""
+        self, problem: Problem, y: Y, state: SolverState[_Kept, _Free]
+    ) -> tuple[Y, _Kept, _Free, Aux]:
+        """One step: the next iterate, both parts of the state, the auxiliary output."""
 
     @abc.abstractmethod
-    def _verdict(self, kept: _Kept) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    def _verdict(self, kept: _Kept) -> Verdict:
         """As `terminate`."""
 
     @abc.abstractmethod
-    def _answer(
-        self, problem: Problem, y: PyTree[Array], aux: Any, kept: _Kept
-    ) -> tuple[PyTree[Array], Any, Stats]:
+    def _answer(self, problem: Problem, y: Y, aux: Aux, kept: _Kept) -> Answer:
         """As `postprocess`."""
 
     def init(
         self,
         fn: Fn,
-        y: PyTree[Array],
+        y: Y,
         args: Any,
         options: Options,
         f_struct: PyTree,
         aux_struct: PyTree,
         tags: Tags,
-    ) -> SolverState[_Kept, _Free]:
+    ) -> SolverState:
         del aux_struct
         check_options(self, options)
         y_struct = jax.eval_shape(lambda: y)
@@ -89,54 +76,34 @@ class AbstractSolver(optx.AbstractIterativeSolver, Generic[_Kept, _Free]):
         return SolverState(kept, Unfrozen(free), Unfrozen(jnp.array(0)))
 
     def step(
-        self,
-        fn: Fn,
-        y: PyTree[Array],
-        args: Any,
-        options: Options,
-        state: SolverState[_Kept, _Free],
-        tags: Tags,
-    ) -> tuple[PyTree[Array], SolverState[_Kept, _Free], Any]:
+        self, fn: Fn, y: Y, args: Any, options: Options, state: SolverState, tags: Tags
+    ) -> tuple[Y, SolverState, Aux]:
         del options
-        num_steps = state.num_steps.value
-        y, kept, free, aux = self._advance(
-            Problem(fn, args, tags), y, state.kept, state.free.value, num_steps
-        )
-        return y, SolverState(kept, Unfrozen(free), Unfrozen(num_steps + 1)), aux
+        y, kept, free, aux = self._advance(Problem(fn, args, tags), y, state)
+        num_steps = Unfrozen(state.num_steps.value + 1)
+        return y, SolverState(kept, Unfrozen(free), num_steps), aux
 
     def terminate(
-        self,
-        fn: Fn,
-        y: PyTree[Array],
-        args: Any,
-        options: Options,
-        state: SolverState[_Kept, _Free],
-        tags: Tags,
-    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        self, fn: Fn, y: Y, args: Any, options: Options, state: SolverState, tags: Tags
+    ) -> Verdict:
         del fn, y, args, options, tags
         return self._verdict(state.kept)
 
     def postprocess(
         self,
         fn: Fn,
-        y: PyTree[Array],
-        aux: Any,
+        y: Y,
+        aux: Aux,
         args: Any,
         options: Options,
-        state: SolverState[_Kept, _Free],
+        state: SolverState,
         tags: Tags,
         result: optx.RESULTS,
-    ) -> tuple[PyTree[Array], Any, Stats]:
+    ) -> Answer:
         del options, result
         return self._answer(Problem(fn, args, tags), y, aux, state.kept)
 
-    def _judge(
-        self,
-        progress: Progress,
-        y: PyTree[Array],
-        f: PyTree[Array],
-        residual: PyTree[Array],
-    ) -> Progress:
+    def _judge(self, progress: Progress, y: Y, f: Y, residual: Y) -> Progress:
         """By the solver's own stopping rule."""
         return progress.update(
             y, f, residual, rtol=self.rtol, atol=self.atol, norm=self.norm

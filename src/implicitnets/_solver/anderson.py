@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -6,11 +5,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Float, Int, PyTree, Scalar, ScalarLike
 
 from .._internal.checks import check_integer, check_number, check_tolerances
 from .._internal.history import empty_history, history_combine, history_dot, history_set
-from .._internal.loop import materialise
+from .._internal.loop import materialise, SolverState
 from .._internal.pytree import (
     tree_cast_like,
     tree_dot,
@@ -18,14 +17,14 @@ from .._internal.pytree import (
     tree_reshape_like,
     working_dtype,
 )
-from .._internal.types import Stats
+from .._internal.types import Answer, Aux, Norm, Verdict, Y
 from .abstract import AbstractSolver, Problem
 from .progress import Progress, start_progress
 
 
 class _History(eqx.Module):
-    f: PyTree[Array]
-    residual: PyTree[Array]
+    f: Y
+    residual: Y
     f_differences: PyTree[Array]
     residual_differences: PyTree[Array]
     gram: Float[Array, " history history"]
@@ -63,7 +62,7 @@ def solve_gram(
     return scale * system[:, 0]
 
 
-def _subtract(x: PyTree[Array], y: PyTree[Array], dtype: Any) -> PyTree[Array]:
+def _subtract(x: Y, y: Y, dtype: Any) -> Y:
     return jtu.tree_map(lambda a, b: a.astype(dtype) - b, x, y)
 
 
@@ -113,7 +112,7 @@ class AndersonAcceleration(
 
     rtol: ScalarLike
     atol: ScalarLike
-    norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
+    norm: Norm = optx.two_norm
     history_size: int = 5
     period: int = 3
     ridge: ScalarLike = 1e-7
@@ -126,7 +125,7 @@ class AndersonAcceleration(
         check_number(self, "ridge", lambda x: x > 0, "positive")
         check_number(self, "damping", lambda x: -1 <= x < 1, "in the interval [-1, 1)")
 
-    def _start(self, problem: Problem, y: PyTree[Array]) -> tuple[Progress, _History]:
+    def _start(self, problem: Problem, y: Y) -> tuple[Progress, _History]:
         del problem
         m = self.history_size
         y = tree_ravel(y)
@@ -144,13 +143,10 @@ class AndersonAcceleration(
         return start_progress(y), history
 
     def _advance(
-        self,
-        problem: Problem,
-        y: PyTree[Array],
-        kept: Progress,
-        free: _History,
-        num_steps: Int[Array, ""],
-    ) -> tuple[PyTree[Array], Progress, _History, Any]:
+        self, problem: Problem, y: Y, state: SolverState[Progress, _History]
+    ) -> tuple[Y, Progress, _History, Aux]:
+        kept, free = state.kept, state.free.value
+        num_steps = state.num_steps.value
         f, aux = materialise(problem(y), num_steps)
         shaped = y
         f, y = tree_ravel(f), tree_ravel(y)
@@ -176,8 +172,8 @@ class AndersonAcceleration(
         self,
         history: _History,
         num_steps: Int[Array, ""],
-        f: PyTree[Array],
-        residual: PyTree[Array],
+        f: Y,
+        residual: Y,
     ) -> _History:
         # In the first step this stores a difference to zero, in the last slot. It is
         # overwritten before `_extrapolate` lets it take part.
@@ -203,9 +199,7 @@ class AndersonAcceleration(
             projection=projection,
         )
 
-    def _extrapolate(
-        self, history: _History, num_steps: Int[Array, ""]
-    ) -> PyTree[Array]:
+    def _extrapolate(self, history: _History, num_steps: Int[Array, ""]) -> Y:
         f, residual = history.f, history.residual
         dtype = working_dtype(f)
         stored = (jnp.arange(self.history_size) < num_steps).astype(dtype)
@@ -228,19 +222,17 @@ class AndersonAcceleration(
     def _is_undamped(self) -> bool:
         return isinstance(self.damping, int | float) and self.damping == 0
 
-    def _damp(self, f: PyTree[Array], residual: PyTree[Array]) -> PyTree[Array]:
+    def _damp(self, f: Y, residual: Y) -> Y:
         if self._is_undamped:
             return f
         return jtu.tree_map(
             lambda a, r: a - jnp.asarray(self.damping, a.dtype) * r, f, residual
         )
 
-    def _verdict(self, kept: Progress) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    def _verdict(self, kept: Progress) -> Verdict:
         return kept.verdict()
 
-    def _answer(
-        self, problem: Problem, y: PyTree[Array], aux: Any, kept: Progress
-    ) -> tuple[PyTree[Array], Any, Stats]:
+    def _answer(self, problem: Problem, y: Y, aux: Aux, kept: Progress) -> Answer:
         del problem
         best_y = tree_reshape_like(kept.best_y, y)
         return best_y, aux, {"nfe": kept.num_evaluations}

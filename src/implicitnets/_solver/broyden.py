@@ -1,24 +1,21 @@
-from collections.abc import Callable
-from typing import Any
-
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, Scalar, ScalarLike
 
 from .._internal.checks import check_hyperparameter, check_integer, check_tolerances
 from .._internal.history import empty_history, history_combine, history_dot
-from .._internal.loop import Unfrozen
+from .._internal.loop import SolverState, Unfrozen
 from .._internal.pytree import (
     tree_astype,
     tree_cast_like,
     tree_dot,
     working_dtype,
 )
-from .._internal.types import Stats
+from .._internal.types import Answer, Aux, Norm, Verdict, Y
 from .abstract import AbstractSolver, Problem
 from .compact import (
     border,
@@ -72,8 +69,8 @@ class _Core(eqx.Module):
 class _Memory(eqx.Module):
     """Of the base, which is the last iterate that was not rejected."""
 
-    base: PyTree[Array]
-    residual: PyTree[Array]
+    base: Y
+    residual: Y
     residual_norm: Scalar
     num_backtracks: Int[Array, ""]
     core: _Core
@@ -140,7 +137,7 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
 
     rtol: ScalarLike
     atol: ScalarLike
-    norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
+    norm: Norm = optx.two_norm
     history_size: int = 10
     good_update: bool | None = None
     line_search: bool = True
@@ -155,9 +152,7 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
         valid = isinstance(self.line_search, bool)
         check_hyperparameter(self, "line_search", valid, "True or False")
 
-    def _start(
-        self, problem: Problem, y: PyTree[Array]
-    ) -> tuple[BroydenState, _Memory]:
+    def _start(self, problem: Problem, y: Y) -> tuple[BroydenState, _Memory]:
         del problem
         m = self.history_size
         dtype = working_dtype(y)
@@ -183,13 +178,10 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
         return kept, memory
 
     def _advance(
-        self,
-        problem: Problem,
-        y: PyTree[Array],
-        kept: BroydenState,
-        free: _Memory,
-        num_steps: Int[Array, ""],
-    ) -> tuple[PyTree[Array], BroydenState, _Memory, Any]:
+        self, problem: Problem, y: Y, state: SolverState[BroydenState, _Memory]
+    ) -> tuple[Y, BroydenState, _Memory, Aux]:
+        kept, free = state.kept, state.free.value
+        num_steps = state.num_steps.value
         residual, aux = problem(y)
         dtype = working_dtype(y)
         z, residual = tree_astype(y, dtype), tree_astype(residual, dtype)
@@ -262,8 +254,8 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
     def _secant(
         self,
         memory: _Memory,
-        z: PyTree[Array],
-        residual: PyTree[Array],
+        z: Y,
+        residual: Y,
         stalled: Bool[Array, ""],
         usable: Bool[Array, ""],
     ) -> tuple[Secant, Bool[Array, ""]]:
@@ -291,12 +283,10 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
         )
         return secant, ~jnp.isfinite(step_square)
 
-    def _verdict(self, kept: BroydenState) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    def _verdict(self, kept: BroydenState) -> Verdict:
         return kept.progress.verdict(stuck=kept.num_stalled >= self.patience)
 
-    def _answer(
-        self, problem: Problem, y: PyTree[Array], aux: Any, kept: BroydenState
-    ) -> tuple[PyTree[Array], Any, Stats]:
+    def _answer(self, problem: Problem, y: Y, aux: Aux, kept: BroydenState) -> Answer:
         del problem, y
         stats = {
             "nfe": kept.progress.num_evaluations,
@@ -309,7 +299,7 @@ def _learn(
     updates: Updates,
     core: _Core,
     secant: Secant,
-    residual: PyTree[Array],
+    residual: Y,
     slot: Int[Array, ""],
     reject: Bool[Array, ""],
     finished: Bool[Array, ""],
@@ -347,7 +337,7 @@ def _new_column(
 ) -> Float[Array, " history"]:
     """Of `A`, from the differences of projections: no pass over the history."""
     column = jnp.where(secant.usable, secant.change_scale * difference, 0)
-    # By itself, not by a difference that may cancel.
+    # The corner is set: the new row has no old projection to subtract.
     cosine = secant.step_scale * secant.change_scale
     cosine = cosine * tree_dot(secant.step, secant.change)
     corner = jnp.where(secant.good, cosine, 1)

@@ -1,17 +1,14 @@
-from collections.abc import Callable
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
+from jaxtyping import Scalar, ScalarLike
 
 from .._internal.checks import check_number, check_tolerances
 from .._internal.convolution import fast_convolutions
-from .._internal.loop import materialise
+from .._internal.loop import materialise, SolverState
 from .._internal.pytree import working_dtype
-from .._internal.types import Stats
+from .._internal.types import Answer, Aux, Norm, Verdict, Y
 from .abstract import AbstractSolver, Problem
 from .monotone import cell_and_input, combine, part_norms
 from .progress import Progress, start_progress
@@ -19,7 +16,7 @@ from .progress import Progress, start_progress
 
 class _Prepared(eqx.Module):
     step_size: Scalar
-    injected: PyTree[Array]
+    injected: Y
 
 
 class ForwardBackward(
@@ -60,14 +57,14 @@ class ForwardBackward(
 
     rtol: ScalarLike
     atol: ScalarLike
-    norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
+    norm: Norm = optx.two_norm
     step_size: ScalarLike | None = None
 
     def __check_init__(self):
         check_tolerances(self)
         check_number(self, "step_size", lambda x: x > 0, "positive")
 
-    def _start(self, problem: Problem, y: PyTree[Array]) -> tuple[Progress, _Prepared]:
+    def _start(self, problem: Problem, y: Y) -> tuple[Progress, _Prepared]:
         cell, x = cell_and_input(self, problem.args)
         if self.step_size is None:
             symmetric, skew = part_norms(cell, y)
@@ -81,13 +78,10 @@ class ForwardBackward(
         return start_progress(y), prepared
 
     def _advance(
-        self,
-        problem: Problem,
-        y: PyTree[Array],
-        kept: Progress,
-        free: _Prepared,
-        num_steps: Int[Array, ""],
-    ) -> tuple[PyTree[Array], Progress, _Prepared, Any]:
+        self, problem: Problem, y: Y, state: SolverState[Progress, _Prepared]
+    ) -> tuple[Y, Progress, _Prepared, Aux]:
+        kept, free = state.kept, state.free.value
+        num_steps = state.num_steps.value
         cell, _ = cell_and_input(self, problem.args)
         # Both the evaluation and the step are proximal operators of what comes from
         # `W z + u(x)`, which is computed once. The function itself is called for its
@@ -103,11 +97,9 @@ class ForwardBackward(
         )
         return new_y, progress, free, aux
 
-    def _verdict(self, kept: Progress) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    def _verdict(self, kept: Progress) -> Verdict:
         return kept.verdict()
 
-    def _answer(
-        self, problem: Problem, y: PyTree[Array], aux: Any, kept: Progress
-    ) -> tuple[PyTree[Array], Any, Stats]:
+    def _answer(self, problem: Problem, y: Y, aux: Aux, kept: Progress) -> Answer:
         del problem, y
         return kept.best_y, aux, {"nfe": kept.num_evaluations}

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Int, Scalar, ScalarLike
 
 from .._internal.checks import check_hyperparameter, check_number, check_tolerances
+from .._internal.loop import SolverState
 from .._internal.pytree import (
     tree_all_finite,
     tree_cast_like,
     tree_dot,
     working_dtype,
 )
-from .._internal.types import Stats, Tags
+from .._internal.types import Answer, Aux, Norm, Tags, Verdict, Y
 from .._linear_solver.gmres import GivensGMRES
 from .abstract import AbstractSolver, Problem
 from .progress import Progress, start_progress
@@ -47,8 +48,8 @@ class _Kept(eqx.Module):
 
 
 class _Free(eqx.Module):
-    accepted: PyTree[Array]
-    direction: PyTree[Array]
+    accepted: Y
+    direction: Y
 
 
 class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
@@ -92,7 +93,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
 
     rtol: ScalarLike
     atol: ScalarLike
-    norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
+    norm: Norm = optx.two_norm
     linear_solver: lx.AbstractLinearSolver = GivensGMRES(rtol=0.5, atol=0.0)
     forcing: ScalarLike = 0.5
 
@@ -106,7 +107,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         )
         check_number(self, "forcing", lambda x: 0 < x < 1, "in the interval (0, 1)")
 
-    def _start(self, problem: Problem, y: PyTree[Array]) -> tuple[_Kept, _Free]:
+    def _start(self, problem: Problem, y: Y) -> tuple[_Kept, _Free]:
         del problem
         dtype = working_dtype(y)
         kept = _Kept(
@@ -122,14 +123,9 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         return kept, _Free(accepted=y, direction=_zeros(y))
 
     def _advance(
-        self,
-        problem: Problem,
-        y: PyTree[Array],
-        kept: _Kept,
-        free: _Free,
-        num_steps: Int[Array, ""],
-    ) -> tuple[PyTree[Array], _Kept, _Free, Any]:
-        del num_steps
+        self, problem: Problem, y: Y, state: SolverState[_Kept, _Free]
+    ) -> tuple[Y, _Kept, _Free, Aux]:
+        kept, free = state.kept, state.free.value
 
         def evaluate(z):
             residual, aux = problem(z)
@@ -149,7 +145,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         forcing = self._next_forcing(kept, progress, residual_norm)
         solution, linear_result, num_matvecs = self._solve(
             jacobian,
-            _where(solve, _negative(residual), _zeros(y)),
+            _where(solve, jtu.tree_map(jnp.negative, residual), _zeros(y)),
             problem.tags,
             forcing,
         )
@@ -198,8 +194,8 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         return jnp.where(is_first, largest, jnp.minimum(forcing, largest))
 
     def _solve(
-        self, jacobian: Callable, vector: PyTree[Array], tags: Tags, forcing: Scalar
-    ) -> tuple[PyTree[Array], lx.RESULTS, Int[Array, ""] | int]:
+        self, jacobian: Callable, vector: Y, tags: Tags, forcing: Scalar
+    ) -> tuple[Y, lx.RESULTS, Int[Array, ""] | int]:
         solver: Any = self.linear_solver
         if hasattr(solver, "rtol"):
             # Lineax solvers do not differentiate with respect to their fields.
@@ -226,7 +222,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         shrinkage = jnp.clip(shrinkage, _MOST_SHRINKAGE, _LEAST_SHRINKAGE)
         return jnp.where(progress.finite, shrinkage, _MOST_SHRINKAGE)
 
-    def _verdict(self, kept: _Kept) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    def _verdict(self, kept: _Kept) -> Verdict:
         converged = kept.progress.converged & kept.progress.finite
         stagnation: Any = optx.RESULTS.stagnation  # Its type says that it is Lineax's.
         failure = optx.RESULTS.where(
@@ -242,9 +238,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         )
         return converged, result
 
-    def _answer(
-        self, problem: Problem, y: PyTree[Array], aux: Any, kept: _Kept
-    ) -> tuple[PyTree[Array], Any, Stats]:
+    def _answer(self, problem: Problem, y: Y, aux: Aux, kept: _Kept) -> Answer:
         del problem, y
         stats = {
             "nfe": kept.progress.num_evaluations,
@@ -255,18 +249,14 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         return kept.progress.best_y, aux, stats
 
 
-def _where(pred: Bool[Array, ""], x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
+def _where(pred: Bool[Array, ""], x: Y, y: Y) -> Y:
     return jtu.tree_map(lambda a, b: jnp.where(pred, a, b), x, y)
 
 
-def _zeros(x: PyTree[Array]) -> PyTree[Array]:
+def _zeros(x: Y) -> Y:
     return jtu.tree_map(jnp.zeros_like, x)
 
 
-def _negative(x: PyTree[Array]) -> PyTree[Array]:
-    return jtu.tree_map(jnp.negative, x)
-
-
-def _equal(x: PyTree[Array], y: PyTree[Array]) -> Bool[Array, ""]:
+def _equal(x: Y, y: Y) -> Bool[Array, ""]:
     same = jtu.tree_map(lambda a, b: jnp.all(a == b), x, y)
     return jnp.stack(jtu.tree_leaves(same)).all()

@@ -1,15 +1,13 @@
-from collections.abc import Callable
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Int, ScalarLike
 
 from .._internal.checks import check_number, check_tolerances
+from .._internal.loop import SolverState
 from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
-from .._internal.types import Stats
+from .._internal.types import Answer, Aux, Norm, Verdict, Y
 from .abstract import AbstractSolver, Problem
 from .progress import Progress, start_progress
 
@@ -17,8 +15,8 @@ from .progress import Progress, start_progress
 class Pair(eqx.Module):
     """The two states that a reversible step takes to two new ones."""
 
-    y: PyTree[Array]
-    z: PyTree[Array]
+    y: Y
+    z: Y
 
 
 class ReversibleState(eqx.Module):
@@ -67,29 +65,22 @@ class ReversibleFixedPoint(
 
     rtol: ScalarLike
     atol: ScalarLike
-    norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
+    norm: Norm = optx.two_norm
     damping: ScalarLike = 0.5
 
     def __check_init__(self):
         check_tolerances(self)
         check_number(self, "damping", lambda x: 0 < x < 1, "in the interval (0, 1)")
 
-    def _start(
-        self, problem: Problem, y: PyTree[Array]
-    ) -> tuple[ReversibleState, Pair]:
+    def _start(self, problem: Problem, y: Y) -> tuple[ReversibleState, Pair]:
         del problem
         pair = start_pair(y)
         return ReversibleState(start_progress(pair), jnp.array(0)), pair
 
     def _advance(
-        self,
-        problem: Problem,
-        y: PyTree[Array],
-        kept: ReversibleState,
-        free: Pair,
-        num_steps: Int[Array, ""],
-    ) -> tuple[PyTree[Array], ReversibleState, Pair, Any]:
-        del num_steps
+        self, problem: Problem, y: Y, state: SolverState[ReversibleState, Pair]
+    ) -> tuple[Y, ReversibleState, Pair, Aux]:
+        kept, free = state.kept, state.free.value
 
         def evaluate(x):
             # Rounded to the dtypes of the state where that is a narrower one.
@@ -108,7 +99,7 @@ class ReversibleFixedPoint(
         new_kept = ReversibleState(progress, num_best_steps)
         return tree_cast_like(new_y, y), new_kept, pair, aux
 
-    def mix(self, old: PyTree[Array], f: PyTree[Array]) -> PyTree[Array]:
+    def mix(self, old: Y, f: Y) -> Y:
         """Half a step: the new state from an old one and the value at the other."""
 
         def leaf(x, f):
@@ -117,7 +108,7 @@ class ReversibleFixedPoint(
 
         return jtu.tree_map(leaf, old, f)
 
-    def unmix(self, new: PyTree[Array], f: PyTree[Array]) -> PyTree[Array]:
+    def unmix(self, new: Y, f: Y) -> Y:
         """Half a step backwards: the old state, but for rounding."""
 
         def leaf(x, f):
@@ -126,18 +117,18 @@ class ReversibleFixedPoint(
 
         return jtu.tree_map(leaf, new, f)
 
-    def _verdict(self, kept: ReversibleState) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    def _verdict(self, kept: ReversibleState) -> Verdict:
         return kept.progress.verdict()
 
     def _answer(
-        self, problem: Problem, y: PyTree[Array], aux: Any, kept: ReversibleState
-    ) -> tuple[PyTree[Array], Any, Stats]:
+        self, problem: Problem, y: Y, aux: Aux, kept: ReversibleState
+    ) -> Answer:
         del problem
         best_y = tree_cast_like(kept.progress.best_y.y, y)
         return best_y, aux, {"nfe": 2 * kept.progress.num_evaluations}
 
 
-def start_pair(y: PyTree[Array]) -> Pair:
+def start_pair(y: Y) -> Pair:
     """Both sequences start at the initial guess."""
     y = tree_astype(y, working_dtype(y))
     return Pair(y=y, z=y)

@@ -9,13 +9,14 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
 from .._internal.checks import check_hyperparameter, check_number, check_tolerances
+from .._internal.loop import SolverState
 from .._internal.pytree import (
     tree_all_finite,
     tree_astype,
     tree_cast_like,
     working_dtype,
 )
-from .._internal.types import Stats
+from .._internal.types import Answer, Aux, Norm, Verdict, Y
 from .abstract import AbstractSolver, Problem
 from .progress import Progress, start_progress
 from .pseudo_transient import PseudoTransient
@@ -46,7 +47,7 @@ class _Kept(eqx.Module):
 
 class _Free(eqx.Module):
     step_end: Scalar
-    field: PyTree[Array]
+    field: Y
     solver_state: PyTree
     controller_state: PyTree
 
@@ -54,9 +55,9 @@ class _Free(eqx.Module):
 class _Attempt(NamedTuple):
     t0: Scalar
     t1: Scalar
-    y0: PyTree[Array]
-    y1: PyTree[Array]
-    error: PyTree[Array]
+    y0: Y
+    y1: Y
+    error: Y
     order: ScalarLike | None
     growth: Scalar  # of the residual norm
 
@@ -108,7 +109,7 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     ode_solver: dfx.AbstractSolver
     rtol: ScalarLike
     atol: ScalarLike
-    norm: Callable[[PyTree[Array]], Scalar]
+    norm: Norm
     stepsize_controller: dfx.AbstractStepSizeController
     dt0: ScalarLike
 
@@ -119,7 +120,7 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         ode_solver: dfx.AbstractSolver,
         rtol: ScalarLike = 1e-4,
         atol: ScalarLike = 1e-6,
-        norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm,
+        norm: Norm = optx.two_norm,
         stepsize_controller: dfx.AbstractStepSizeController = PseudoTransient(),
         dt0: ScalarLike = 1.0,
     ):
@@ -154,7 +155,7 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         ode_solver: dfx.AbstractAdaptiveSolver,
         rtol: float = 1e-4,
         atol: float = 1e-6,
-        norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm,
+        norm: Norm = optx.two_norm,
         dt0: ScalarLike = 1.0,
     ) -> "SteadyState":
         """A solver whose controller has tolerances that follow from its own.
@@ -178,7 +179,7 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         )
         return cls(ode_solver, rtol, atol, norm, controller, dt0)
 
-    def _start(self, problem: Problem, y: PyTree[Array]) -> tuple[_Kept, _Free]:
+    def _start(self, problem: Problem, y: Y) -> tuple[_Kept, _Free]:
         dtype = working_dtype(y)
         z = tree_astype(y, dtype)
         field = _vector_field(problem, y)(None, z, problem.args)
@@ -213,14 +214,9 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         return kept, free
 
     def _advance(
-        self,
-        problem: Problem,
-        y: PyTree[Array],
-        kept: _Kept,
-        free: _Free,
-        num_steps: Int[Array, ""],
-    ) -> tuple[PyTree[Array], _Kept, _Free, Any]:
-        del num_steps
+        self, problem: Problem, y: Y, state: SolverState[_Kept, _Free]
+    ) -> tuple[Y, _Kept, _Free, Aux]:
+        kept, free = state.kept, state.free.value
         args, t0, t1 = problem.args, kept.time, free.step_end
         z0, f0 = tree_astype(y, t0.dtype), free.field
         terms = dfx.ODETerm(_vector_field(problem, y, known=(z0, f0)))
@@ -270,12 +266,10 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         )
         return _where(keep, new_y, y), new_kept, new_free, _no_aux(problem, y)
 
-    def _verdict(self, kept: _Kept) -> tuple[Bool[Array, ""], optx.RESULTS]:
+    def _verdict(self, kept: _Kept) -> Verdict:
         return kept.progress.verdict(kept.stuck)
 
-    def _answer(
-        self, problem: Problem, y: PyTree[Array], aux: Any, kept: _Kept
-    ) -> tuple[PyTree[Array], Any, Stats]:
+    def _answer(self, problem: Problem, y: Y, aux: Aux, kept: _Kept) -> Answer:
         del y
         num_steps = kept.num_accepted_steps + kept.num_rejected_steps
         stats = {
@@ -293,9 +287,7 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
             stats["nfe"] = num_per_step * num_steps + num_others
         return kept.progress.best_y, aux, stats
 
-    def _judge_field(
-        self, progress: Progress, y: PyTree[Array], field: PyTree[Array]
-    ) -> Progress:
+    def _judge_field(self, progress: Progress, y: Y, field: Y) -> Progress:
         f = jtu.tree_map(lambda a, b: a.astype(b.dtype) + b, y, field)
         return self._judge(progress, y, f, field)
 
@@ -324,7 +316,7 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         stuck = ~(end - start > dt_min) | (result != dfx.RESULTS.successful)
         return jnp.asarray(keep), start, end, controller_state, stuck
 
-    def _inner_solver(self, field: PyTree[Array], dt: Scalar) -> dfx.AbstractSolver:
+    def _inner_solver(self, field: Y, dt: Scalar) -> dfx.AbstractSolver:
         """The ODE solver, with tolerances for its root finder if it has one."""
         if not self._is_implicit:
             return self.ode_solver
@@ -351,9 +343,9 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
 
 def _vector_field(
     problem: Problem,
-    y: PyTree[Array],
-    known: tuple[PyTree[Array], PyTree[Array]] | None = None,
-) -> Callable[[Any, PyTree[Array], Any], PyTree[Array]]:
+    y: Y,
+    known: tuple[Y, Y] | None = None,
+) -> Callable[[Any, Y, Any], Y]:
     """The problem on states of the dtypes of `y`, as Diffrax calls it."""
     dtype = working_dtype(y)
 
@@ -373,7 +365,7 @@ def _vector_field(
     return vector_field
 
 
-def _no_aux(problem: Problem, y: PyTree[Array]) -> Any:
+def _no_aux(problem: Problem, y: Y) -> Any:
     _, struct = eqx.filter_eval_shape(problem, y)
     return jtu.tree_map(
         lambda x: jnp.zeros(x.shape, x.dtype) if hasattr(x, "dtype") else x, struct
