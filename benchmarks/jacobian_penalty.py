@@ -100,16 +100,7 @@ def make_data(
 
 
 def train(config: Config) -> Cell:
-    """Cells trained with every weight of the penalty, from every seed.
-
-    **Arguments:**
-
-    - `config`: the weights, how many seeds, and how long to train.
-
-    **Returns:**
-
-    The cells, with leading axes for the weights and the seeds.
-    """
+    """Cells trained with every weight of the penalty, from every seed."""
     num_batches = config.train_size // config.batch_size
     schedule = optax.cosine_decay_schedule(
         config.learning_rate, config.epochs * num_batches

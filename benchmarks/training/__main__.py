@@ -34,12 +34,7 @@ def parse(args: Sequence[str] | None = None) -> Config:
 
 
 def connect(run: RunOptions) -> None:
-    """Join the other processes, if the options say that there are any.
-
-    **Raises:**
-
-    `OptionError` if they half do.
-    """
+    """Join the other processes, if the options say that there are any."""
     others = run.coordinator, run.num_processes, run.process_id
     if run.distributed:
         jax.distributed.initialize(*others)

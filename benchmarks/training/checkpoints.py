@@ -23,11 +23,8 @@ class Checkpoints:
     They are written beside the training, and have their names only when they are
     complete, so that whenever a run is killed, the newest one is whole.
 
-    **Arguments:**
-
-    - `folder`: what to keep them in.
-    - `config`: all that decides how the run goes. Checkpoints of another configuration
-        are refused.
+    Checkpoints of another `config`, which is all that decides how a run goes, are
+    refused.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]):
@@ -38,12 +35,7 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint.
-
-        **Raises:**
-
-        `CheckpointError` with what differs, if it is of another configuration.
-        """
+        """The step of the newest checkpoint."""
         step = self._manager.latest_step()
         if step is None:
             return None

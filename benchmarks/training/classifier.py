@@ -152,16 +152,8 @@ def train(
 ) -> tuple[Weights, float]:
     """Train a model from every seed, all at once.
 
-    **Arguments:**
-
-    - `config`: how long, and how many seeds.
-    - `model`: what to train.
-    - `train_set`: the images and labels.
-
-    **Returns:**
-
-    The weights, with a leading axis for the seeds, and the seconds of a training step,
-    without compilation.
+    Returned are the weights, with a leading axis for the seeds, and the seconds of a
+    training step without compilation.
     """
     images, labels = map(jnp.asarray, train_set)
     schedule = optax.cosine_decay_schedule(1e-3, config.steps, alpha=1e-3)
@@ -200,16 +192,8 @@ def evaluate(
 ) -> dict[str, Float[Array, " seed"]]:
     """What a model does on a test set.
 
-    **Arguments:**
-
-    - `model`: what to test.
-    - `weights`: those of one or more seeds, with a leading axis for them.
-    - `test_set`: the images and labels.
-
-    **Returns:**
-
-    For every seed the accuracy, the mean evaluations of the cell to solve an example,
-    the share of solves that were successful, and the median relative residual.
+    For every seed: the accuracy, the mean evaluations of an example, the share of
+    successful solves, and the median relative residual.
     """
     images, labels = map(jnp.asarray, test_set)
 

@@ -64,12 +64,7 @@ def parse_recipe(
     description: str,
     args: Sequence[str] | None = None,
 ) -> _Options:
-    """A recipe with what a command line changes of it.
-
-    **Raises:**
-
-    `OptionError` if a value is not allowed.
-    """
+    """A recipe with what a command line changes of it."""
     return tyro.extras.overridable_config_cli(
         recipes,
         args=args,

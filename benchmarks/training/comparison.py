@@ -21,17 +21,8 @@ def train(
 ) -> tuple[Row, dict[str, float], list[Metrics]]:
     """Train a model and test it.
 
-    **Arguments:**
-
-    - `config`: the model, and how to train it.
-    - `data`: what to train and test on.
-    - `name`: of the model.
-
-    **Returns:**
-
-    Its row of a table, in which the time of a step is without compilation, and that of
-    the steps after the pretraining if there are any; what the test found; and the
-    metrics of every step.
+    Returned are its row of a table, what the test found, and the metrics of every step.
+    The time of a step is without compilation, and without pretraining if there is more.
     """
     trainer = Trainer(config, data)
     plan, clock = trainer.plan, trainer.clock
@@ -57,18 +48,7 @@ def train(
 
 
 def curve(name: str, histories: list[list[Metrics]], *columns: str) -> list[Row]:
-    """How some metrics went in the course of a training, or in the mean of several.
-
-    **Arguments:**
-
-    - `name`: of the model.
-    - `histories`: the metrics of every step of every training.
-    - `columns`: which metrics.
-
-    **Returns:**
-
-    A row for so many steps as are taken together.
-    """
+    """How some metrics went in the course of a training, or in the mean of several."""
     rows = []
     for start in range(0, len(histories[0]) - WINDOW + 1, WINDOW):
         found = [means(history[start:][:WINDOW]) for history in histories]

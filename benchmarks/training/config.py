@@ -140,12 +140,7 @@ class Plan:
 
     @classmethod
     def of(cls, options: TrainingOptions, data: Data) -> "Plan":
-        """The plan that the options make with a data set.
-
-        **Raises:**
-
-        `OptionError` if there is nothing to do.
-        """
+        """The plan that the options make with a data set."""
         steps_per_epoch = data.train.steps_per_epoch(options.batch_size)
         pretraining_steps = round(options.pretraining_epochs * steps_per_epoch)
         total_steps = pretraining_steps + round(options.epochs * steps_per_epoch)

@@ -93,22 +93,7 @@ ADJOINTS: dict[AdjointName, Callable[[EquilibriumOptions], optx.AbstractAdjoint]
 def make_layer(
     layer: inn.AbstractDeepEquilibriumNetwork, options: EquilibriumOptions
 ) -> inn.AbstractDeepEquilibriumNetwork:
-    """A model's layer, with the start, the solver and the adjoint of the options.
-
-    **Arguments:**
-
-    - `layer`: the model's.
-    - `options`: how to solve instead.
-
-    **Returns:**
-
-    A layer with the same cell.
-
-    **Raises:**
-
-    `OptionError` if the model knows no other start, or if the adjoint does not go with
-    the solver.
-    """
+    """A model's layer, with the start, the solver and the adjoint of the options."""
     if options.adjoint == "shine" and options.solver != "broyden":
         raise OptionError("--adjoint shine goes with --solver broyden.")
     if options.adjoint == "unrolled" and options.max_steps_delta > 0:

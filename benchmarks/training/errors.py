@@ -20,15 +20,7 @@ class OptionError(Exception):
 def check_fields(
     options: Any, allowed: str, is_valid: Callable[[Any], bool], *names: str
 ) -> None:
-    """Raise a `ValueError` for the first field that is neither `None` nor valid.
-
-    **Arguments:**
-
-    - `options`: a dataclass.
-    - `allowed`: what is valid, in words.
-    - `is_valid`: whether a value is.
-    - `names`: the fields.
-    """
+    """Raise a `ValueError` for the first field that is neither `None` nor valid."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not is_valid(value):

@@ -24,18 +24,7 @@ def descend(
 ) -> tuple[_Model, optax.OptState, Any]:
     """One step of an optimiser.
 
-    **Arguments:**
-
-    - `gradient_fn`: `gradient_fn(model, *args) -> (gradient, aux)`, as `filter_grad`
-        makes it of a loss.
-    - `optimiser`: the optimiser.
-    - `model`: what to train.
-    - `state`: the optimiser's.
-    - `args`: a batch, and whatever else the gradient needs.
-
-    **Returns:**
-
-    The next model and state, and `aux`.
+    `gradient_fn(model, *args)` returns a gradient and what else it found.
     """
     gradient, aux = gradient_fn(model, *args)
     weights = eqx.filter(model, eqx.is_inexact_array)
@@ -44,12 +33,7 @@ def descend(
 
 
 class Clock:
-    """Counts the seconds of compiling, and those of the rest, each on their own.
-
-    **Arguments:**
-
-    - `seconds`, `compile_seconds`: to count on from.
-    """
+    """Counts the seconds of compiling, and those of the rest, each on their own."""
 
     def __init__(self, seconds: float = 0.0, compile_seconds: float = 0.0):
         self.seconds, self.compile_seconds = seconds, compile_seconds
@@ -79,16 +63,8 @@ def fit(
 ) -> tuple[_State, list[Any]]:
     """Train: take a step for every batch.
 
-    **Arguments:**
-
-    - `step`: `step(state, batch) -> (state, metrics)`.
-    - `state`: all that changes in training.
-    - `batches`: what each step is given.
-    - `clock`: counts the seconds.
-
-    **Returns:**
-
-    The state in the end, and the metrics of every step.
+    `step(state, batch)` returns the next state and metrics. Returned are the last state
+    and the metrics of every step.
     """
     history = []
     with clock.running():

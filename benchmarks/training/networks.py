@@ -80,19 +80,7 @@ class AbstractNetwork(eqx.Module):
         *,
         key: PRNGKeyArray,
     ) -> tuple[Verdict, eqx.nn.State]:
-        """Judge one example.
-
-        **Arguments:**
-
-        - `inputs`, `targets`: the example.
-        - `memory`: of the segment before.
-        - `state`: the statistics of batch normalisation.
-        - `key`: for dropout. Keyword only argument.
-
-        **Returns:**
-
-        The verdict, and the new state.
-        """
+        """Judge one example."""
 
 
 def num_parameters(network: AbstractNetwork) -> int:
@@ -109,14 +97,7 @@ def judge(
     key: PRNGKeyArray,
     memory: PyTree[Array] = None,
 ) -> Verdict:
-    """The verdict on the scores of all the classes.
-
-    **Arguments:**
-
-    - `logits`: the scores.
-    - `targets`: the right classes.
-    - `solution`, `injection`, `key`, `memory`: as in the verdict.
-    """
+    """The verdict on the scores of all the classes."""
     known = jnp.maximum(targets, 0)  # An ignored one has a loss too, that counts not.
     return Verdict(
         loss=optax.softmax_cross_entropy_with_integer_labels(logits, known),
@@ -256,17 +237,7 @@ def build(
 ) -> tuple[AbstractNetwork, eqx.nn.State]:
     """A network with fresh weights, and its state.
 
-    **Arguments:**
-
-    - `config`: which model; what follows from the data need not be right.
-    - `equilibrium`: its solver and adjoint.
-    - `data`: what it is to learn.
-    - `key`: for the weights. Keyword only argument.
-
-    **Raises:**
-
-    `DataError` if the model and the data do not fit, and `OptionError` if the options
-    do not go together.
+    What follows from the data need not be right in the configuration.
     """
     _check_fit(config, data)
     make = eqx.nn.make_with_state(_network)

@@ -27,15 +27,6 @@ class Placement:
 
     The program that runs is that of a single device: the compiler splits it, so that
     means over a batch, and batch normalisation, are over the whole of it.
-
-    **Arguments:**
-
-    - `data_parallel`: whether to use all the devices, those of other processes too, and
-        not the first one only.
-
-    **Raises:**
-
-    `OptionError` for several processes that would all do the same.
     """
 
     def __init__(self, data_parallel: bool):
@@ -53,12 +44,7 @@ class Placement:
             self.split = NamedSharding(mesh, PartitionSpec("batch"))
 
     def check(self, batch_size: int) -> None:
-        """Whether the devices can share a batch fairly.
-
-        **Raises:**
-
-        `OptionError` if they cannot.
-        """
+        """Raise an `OptionError` unless the devices can share a batch fairly."""
         if batch_size % self.num_devices:
             raise OptionError(
                 f"`batch_size` must be a multiple of the {self.num_devices} devices; "

@@ -15,13 +15,7 @@ from ..kit.problems import Problem
 
 
 def trained_cell(folder: pathlib.Path, num_images: int = 128) -> Problem:
-    """The cell of SciML's tutorial, trained on digits, at its test images.
-
-    **Arguments:**
-
-    - `folder`: where its weights are kept. It is trained when they are not there.
-    - `num_images`: the size of the batch.
-    """
+    """The cell of SciML's tutorial, trained on digits, at its test images."""
     path = folder / "trained_cell.npz"
     if path.exists():
         return problems.load(path)

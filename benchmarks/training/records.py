@@ -23,12 +23,8 @@ Record = dict[str, Any]
 class Records:
     """The metrics of a run, in the order in which they were measured.
 
-    **Arguments:**
-
-    - `folder`: of `metrics.jsonl`, of TensorBoard's files and of the figures.
-    - `step`: where the run goes on. What an earlier process wrote of later steps is
-        dropped, since it is done again.
-    - `active`: whether to write at all; of several processes, the first one does.
+    What an earlier process wrote of steps after `step` is dropped, since it is done
+    again. Only an `active` one writes; of several processes, the first one is.
     """
 
     def __init__(self, folder: Path, step: int, active: bool):

@@ -131,18 +131,7 @@ def jacobian_schedule(
 
 
 class Trainer:
-    """The steps of a run.
-
-    **Arguments:**
-
-    - `config`: the run.
-    - `data`: what to learn.
-
-    **Raises:**
-
-    `DataError` if the model and the data do not fit, and `OptionError` if the options
-    do not go together.
-    """
+    """The steps of a run."""
 
     def __init__(self, config: Config, data: Data):
         self.config, self.data = config, data
@@ -195,14 +184,7 @@ class Trainer:
     def train_step(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One step of the optimiser.
 
-        **Arguments:**
-
-        - `state`: after all the steps before.
-        - `step`: its number, which the state also has, but on a device.
-
-        **Returns:**
-
-        The next state, and the metrics of the batch.
+        The state knows the step's number too, but on a device.
         """
         options = self.config.training
         pretraining = step < self.plan.pretraining_steps
@@ -253,12 +235,7 @@ class Trainer:
         return result
 
     def training_memory(self, fixed_depth: int) -> int:
-        """The bytes that a training step takes besides what it is given and returns.
-
-        **Arguments:**
-
-        - `fixed_depth`: of the step, which there has been one of; 0 is implicit.
-        """
+        """The bytes that a training step takes besides what it is given and returns."""
         compiled = self._compiled["update", fixed_depth].compiled
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -356,21 +333,7 @@ def showing(steps: Iterable[int], progress: tqdm) -> Iterator[int]:
 
 
 def train(config: Config, data: Data) -> TrainState:
-    """Train, from the newest checkpoint if there is one, and write everything down.
-
-    **Arguments:**
-
-    - `config`: the run.
-    - `data`: what to learn.
-
-    **Returns:**
-
-    The state in the end.
-
-    **Raises:**
-
-    As `Trainer`, and `CheckpointError` if the checkpoint is of another configuration.
-    """
+    """Train, from the newest checkpoint if there is one, and write everything down."""
     trainer = Trainer(config, data)
     plan, run = trainer.plan, config.run
     folder = config.output_dir

@@ -62,21 +62,7 @@ class DataOptions:
 
 
 def load(options: DataOptions, seed: int = 0) -> Data:
-    """Read a data set.
-
-    **Arguments:**
-
-    - `options`: which, and from where.
-    - `seed`: of synthetic data.
-
-    **Returns:**
-
-    A `Data`.
-
-    **Raises:**
-
-    `DataError` with one sentence.
-    """
+    """Read a data set."""
     data = _read(options, seed)
     train, test = data.train[: options.train_size], data.test[: options.test_size]
     for name, sample in (("training", train), ("test", test)):

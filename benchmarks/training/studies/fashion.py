@@ -49,15 +49,8 @@ class FashionSettings(Settings):
 def train_recipe(name: str, settings: FashionSettings) -> list[Row]:
     """Train a network.
 
-    **Arguments:**
-
-    - `name`: of its recipe.
-    - `settings`: what to train it on.
-
-    **Returns:**
-
-    A row for every epoch. Seconds are those of the training up to then, without
-    compilation and tests; evaluations in training are the mean of the last steps.
+    There is a row for every epoch. Its seconds are those of the training up to then,
+    without compilation and tests, and its evaluations the mean of the last steps.
     """
     _, recipe = RECIPES[name]
     config = dataclasses.replace(

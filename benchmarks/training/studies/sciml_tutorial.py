@@ -84,12 +84,7 @@ class TutorialSettings(Settings):
 
 
 class Table:
-    """The rows that are finished, which a file keeps.
-
-    **Arguments:**
-
-    - `settings`: where the file is.
-    """
+    """The rows that are finished, which a file keeps."""
 
     def __init__(self, settings: TutorialSettings):
         self._settings = settings
@@ -182,16 +177,8 @@ def run(
 ) -> tuple[list[TrainState], Row]:
     """One phase of the training, from every seed.
 
-    **Arguments:**
-
-    - `trainer`: of the combination.
-    - `states`: of every seed, before the phase.
-    - `steps`: of the phase.
-    - `before`: the columns of the phase before.
-
-    **Returns:**
-
-    The states after it, and its columns of the table.
+    Returned are the states of every seed after it, and its columns of the table, which
+    go on from those of the phase `before`.
     """
     num_epochs = len(steps) / trainer.plan.steps_per_epoch
     clock, compiled = trainer.clock, trainer.clock.compile_seconds
@@ -231,19 +218,7 @@ NOTHING: Row = {"total (s)": 0.0, "total with compilation (s)": 0.0}
 def pretrain(
     settings: TutorialSettings, table: Table, data: Data, model: ModelType
 ) -> tuple[list[TrainState], Row]:
-    """The states of every seed after the pretraining, in which no solver plays a part.
-
-    **Arguments:**
-
-    - `settings`: the options.
-    - `table`: where its row is, or goes to.
-    - `data`: the images.
-    - `model`: of which type.
-
-    **Returns:**
-
-    The states, and the row.
-    """
+    """The states of every seed after the pretraining, which needs no solver."""
     trainer = make_trainer(data, model, settings.solvers[0])
     facts = facts_of(trainer, settings)
     del facts["equilibrium"]
