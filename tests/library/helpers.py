@@ -137,6 +137,15 @@ class SumCell(eqx.Module):
         return jnp.tanh(self.hidden(z) + self.inject(x))
 
 
+class JointCell(eqx.Module):
+    """Independent cells, with their states in one and their inputs in one."""
+
+    cells: dict[str, Callable]
+
+    def __call__(self, z, x):
+        return {name: cell(z[name], x[name]) for name, cell in self.cells.items()}
+
+
 def multiscale_layers(sizes: tuple[int, ...], key: Array) -> tuple[tuple, tuple, tuple]:
     """Main, mapping and post-fuse layers, linear ones; the input has the first size."""
     keys = iter(jr.split(key, len(sizes) * (len(sizes) + 1) + 1))

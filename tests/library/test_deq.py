@@ -18,6 +18,7 @@ from .helpers import (
     dense_cell,
     dense_gradient,
     DenseCell,
+    JointCell,
     loss_weights,
     make_matrix,
     make_vector,
@@ -52,15 +53,6 @@ ADJOINTS = {
     "optimistix_implicit": optx.ImplicitAdjoint(),
     "unrolled": optx.RecursiveCheckpointAdjoint(),
 }
-
-
-class JointCell(eqx.Module):
-    """Independent cells: a vector, an image and several leaves in one state."""
-
-    cells: dict
-
-    def __call__(self, z, x):
-        return {name: cell(z[name], x[name]) for name, cell in self.cells.items()}
 
 
 def make_deq(kind: str, cell, solver, **kwargs):
