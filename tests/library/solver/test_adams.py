@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from implicitnets._solver.adams import VCABM3
+from implicitnets import VCABM3
 
 from ..helpers import is_double
 

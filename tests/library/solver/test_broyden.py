@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import implicitnets as inn
-from implicitnets._solver.broyden import Broyden
+from implicitnets import Broyden
 
 from ..helpers import (
     linear_map,

@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import implicitnets as inn
-from implicitnets._solver.newton_krylov import NewtonKrylov
+from implicitnets import NewtonKrylov
 
 from ..helpers import (
     dense_cell,

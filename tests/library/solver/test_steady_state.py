@@ -12,8 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import implicitnets as inn
-from implicitnets._solver.adams import VCABM3
-from implicitnets._solver.pseudo_transient import PseudoTransient
+from implicitnets import PseudoTransient, VCABM3
 
 from ..helpers import (
     dense_cell,
