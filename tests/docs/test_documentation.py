@@ -33,10 +33,10 @@ def test_code_runs_and_prints_what_the_page_says(page, capsys):
     assert capsys.readouterr().out.splitlines() == promised
 
 
-def test_code_for_users_of_other_libraries_runs():
+def test_code_for_users_of_other_libraries_finds_equilibria():
     blocks = code_blocks("docs/coming_from.md")
     ours = [code for code in blocks if code.startswith("# implicitnets")]
-    assert len(ours) == 3
+    results = "z", "solution.z_star", "solution.value"
     names = {
         "cell": lambda z, x: jnp.tanh(0.5 * z + jax.tree.leaves(x)[-1]),
         "init": jnp.sin,
@@ -47,8 +47,10 @@ def test_code_for_users_of_other_libraries_runs():
         "x": jnp.ones((2, 3)),
         "z0": jnp.zeros((2, 3)),
     }
-    for code in ours:
+    for code, result in zip(ours, results, strict=True):
         exec(code, names)
+        z = eval(result, names)
+        assert jnp.allclose(names["cell"](z, names["x"]), z, atol=1e-2)
 
 
 def test_the_readme_has_the_headline_of_the_report():
