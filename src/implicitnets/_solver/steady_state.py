@@ -84,11 +84,11 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
 
     The statistics are `num_accepted_steps`, `num_rejected_steps`, `final_time` and, for
     the explicit Runge-Kutta methods, `diffrax.Euler` and [`implicitnets.VCABM3`][],
-    `nfe`, the evaluations of the function. The inner solves of an implicit solver do
-    not count theirs.
+    `nfe`, the evaluations of the function. The evaluations in the inner solves of an
+    implicit solver are not counted.
 
     In every step, an implicit solver factorises the Jacobian, a dense matrix of the
-    size of the state. (Diffrax' default root finder does this. Its tolerances follow
+    size of the state. (Diffrax's default root finder does this. Its tolerances follow
     the current residual unless you have set them.) It takes very few steps, which are
     expensive unless the state is small.
 
