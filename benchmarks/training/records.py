@@ -19,6 +19,13 @@ from implicitnets import plot
 
 Record = dict[str, Any]
 
+PANELS = {
+    "loss": ["train_loss", "test_loss"],
+    "accuracy": ["train_accuracy", "test_accuracy"],
+    "cell evaluations": ["train_evaluations", "test_evaluations"],
+    "spectral radius": ["test_spectral_radius_mean", "test_spectral_radius_max"],
+}
+
 
 class Records:
     """The metrics of a run, in the order in which they were measured.
@@ -30,7 +37,6 @@ class Records:
     def __init__(self, folder: Path, step: int, active: bool):
         self._folder = folder
         self._path = folder / "metrics.jsonl"
-        self._active = active
         self.all = [r for r in read_records(self._path) if r["step"] <= step]
         self._board = None
         if active:
@@ -78,14 +84,8 @@ def read_records(path: Path) -> list[Record]:
 
 def draw(records: Sequence[Record]):
     """Loss, accuracy, work and stability in the course of the training."""
-    panels = {
-        "loss": ["train_loss", "test_loss"],
-        "accuracy": ["train_accuracy", "test_accuracy"],
-        "cell evaluations": ["train_evaluations", "test_evaluations"],
-        "spectral radius": ["spectral_radius_mean", "spectral_radius_max"],
-    }
-    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.2), layout="constrained")
-    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 3.2), layout="constrained")
+    for axis, (title, names) in zip(axes, PANELS.items(), strict=True):
         plot.training(records, names, axes=axis)
         axis.set_title(title)
     return figure

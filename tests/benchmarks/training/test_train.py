@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
@@ -39,7 +40,7 @@ from benchmarks.training.optimiser import (
     OptimiserOptions,
 )
 from benchmarks.training.recipes import RECIPES, SMALL_TRANSFORMER
-from benchmarks.training.records import read_records
+from benchmarks.training.records import draw, read_records
 from benchmarks.training.sciml import SciMLConfig
 from benchmarks.training.trainer import (
     jacobian_schedule,
@@ -146,6 +147,10 @@ def test_run(reference):
         assert 0 < record["test_spectral_radius_mean"]
         assert record["test_spectral_radius_mean"] <= record["test_spectral_radius_max"]
     assert int(state.step) == 30
+    for axis in draw(records).axes:
+        for line in axis.get_lines():
+            assert np.isfinite(line.get_xydata()).all() and len(line.get_xydata()) > 1
+    plt.close("all")
     assert (folder / "training.png").stat().st_size > 10_000
     assert list((folder / "tensorboard").iterdir())
 
