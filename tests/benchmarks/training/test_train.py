@@ -212,6 +212,7 @@ def test_two_processes_of_two_devices(reference, tmp_path):
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
+    two_devices = "--xla_force_host_platform_device_count=2"
     processes = [
         start_script(
             "--output-dir",
@@ -222,7 +223,7 @@ def test_two_processes_of_two_devices(reference, tmp_path):
             f"--coordinator=localhost:{port}",
             "--num-processes=2",
             f"--process-id={number}",
-            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+            XLA_FLAGS=f"{os.environ['XLA_FLAGS']} {two_devices}",
         )
         for number in range(2)
     ]
