@@ -245,7 +245,7 @@ for epoch in range(1, num_epochs + 1):
 # %% [markdown]
 # The pretraining ends at the dashed line. From there on the solver needs more and more
 # evaluations of the cell, which contracts less as its weights grow.
-# `--model-type skipdeq` shows what a learned start saves.
+# [Skip and pretraining](../skip/) shows when a learned start saves some of them.
 
 # %%
 config.output_dir.mkdir(parents=True, exist_ok=True)
