@@ -77,7 +77,7 @@ def solve_and_gradient(deq, x):
 
 
 def check_solve(cell, x, solver, adjoint):
-    deq = inn.DeepEquilibriumNetwork(cell, solver, adjoint=adjoint, max_steps=500)
+    deq = inn.DeepEquilibriumNetwork(cell, solver, adjoint=adjoint, max_steps=256)
     sol, gradients = solve_and_gradient(deq, x)
     assert sol.result == optx.RESULTS.successful
     assert relative_error(cell(sol.z_star, x), sol.z_star) < 1e-4
