@@ -28,6 +28,8 @@ def pytest_configure(config):
     if runs_with_defaults(config):
         return
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    # Two devices, for the tests of what runs on several.
+    flags.append("--xla_force_host_platform_device_count=2")
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)

@@ -157,7 +157,6 @@ each_for_itself = jax.shard_map(
     mesh=mesh,
     in_specs=(PartitionSpec(), PartitionSpec("batch")),
     out_specs=PartitionSpec("batch"),
-    check_vma=False,
 )
 x = jax.device_put(pixels[1500:1564], split)
 steps = jax.jit(num_steps)(params, x)

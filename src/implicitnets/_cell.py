@@ -6,9 +6,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.extend.core as jec
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from ._internal.arguments import CellArguments
 from ._internal.convolution import fast_convolutions
@@ -37,17 +38,19 @@ def cell_residual(z: PyTree[Array], arguments: CellArguments) -> PyTree[Array]:
 
 
 def make_zeros(
-    zero_state: Callable[[Any], PyTree[Array]] | None, x: PyTree
-) -> PyTree[Array]:
+    zero_state: Callable[[Any], PyTree[ArrayLike]] | None, x: PyTree
+) -> PyTree[ArrayLike]:
     """A layer's zero state for an input."""
     return jtu.tree_map(jnp.zeros_like, x) if zero_state is None else zero_state(x)
 
 
-def checked_state(z: PyTree, arguments: CellArguments) -> PyTree[Array]:
-    """A state as arrays; a `ValueError` unless the cell maps it to one like it."""
-    z = jtu.tree_map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), z)
+def checked_state(
+    z: PyTree, arguments: CellArguments, *, may_couple: bool
+) -> PyTree[Array]:
+    """A state as arrays of the cell's dtypes, if the cell maps it to one like it."""
+    z = jtu.tree_map(jnp.asarray, z)
     for leaf in jtu.tree_leaves(z):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not (leaf.weak_type or jnp.issubdtype(leaf.dtype, jnp.floating)):
             raise ValueError(
                 "The state `z` must consist of real floating-point arrays; got an "
                 f"array of dtype {leaf.dtype}. Split complex numbers into real and "
@@ -56,19 +59,44 @@ def checked_state(z: PyTree, arguments: CellArguments) -> PyTree[Array]:
     name = getattr(arguments.cell, "__name__", type(arguments.cell).__name__)
     z_struct = jax.eval_shape(lambda: z)
     try:
-        new_z = eqx.filter_eval_shape(call_cell, z, arguments)
+        jaxpr, *new_z = eqx.filter_make_jaxpr(call_cell)(z, arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`{name}(z, x)` fails for `z` of structure {_describe(z_struct)} and `x` "
             f"of structure {_describe(arguments.x)}. {_START} The error: {error}"
         ) from error
-    if _strip(z_struct) != _strip(new_z):
+    new_z = eqx.combine(*new_z)
+    if jtu.tree_structure(z) == jtu.tree_structure(new_z):
+        # A Python number has no dtype of its own.
+        z = jtu.tree_map(
+            lambda x, new: jnp.asarray(x, (new if x.weak_type else x).dtype), z, new_z
+        )
+    if _strip(z) != _strip(new_z):
         raise ValueError(
             f"`{name}(z, x)` must return the structure, shapes and dtypes of `z`; got "
             f"`z` of structure {_describe(z_struct)} and `{name}(z, x)` of structure "
             f"{_describe(new_z)}. {_START}"
         )
+    if not may_couple and (axes := _coupled_axes(jaxpr)):
+        raise ValueError(
+            f"`{name}(z, x)` communicates over the axis {', '.join(axes)} of "
+            "`jax.vmap`, as batch normalisation does. That couples the examples, and "
+            "each would be solved as if it were alone. Solve them as one system: call "
+            "the layer on the whole batch, with a cell that has the `jax.vmap` within. "
+            "Or unroll the cell, with `implicitnets.set_fixed_depth`."
+        )
     return z
+
+
+def _coupled_axes(jaxpr: jec.ClosedJaxpr) -> list[str]:
+    # Those of `jax.shard_map` couple nothing that a solve takes apart: every device
+    # has a part of one state, or states of its own.
+    manual_axes = jax.sharding.get_abstract_mesh().manual_axes
+    return [
+        repr(effect.name)
+        for effect in jaxpr.effects
+        if type(effect).__name__ == "NamedAxisEffect" and effect.name not in manual_axes  # pyright: ignore[reportAttributeAccessIssue]
+    ]
 
 
 _START = (

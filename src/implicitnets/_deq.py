@@ -4,12 +4,11 @@ from typing import Any, get_args, TypeAlias, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from ._adjoint.detach import detach
 from ._adjoint.implicit import ImplicitAdjoint
@@ -17,10 +16,12 @@ from ._adjoint.report import AdjointReport, with_probe
 from ._cell import call_cell, cell_residual, checked_state, make_zeros
 from ._internal.arguments import CellArguments
 from ._internal.checks import check_number, keyword
+from ._internal.manual import vary_like
 from ._internal.optimistix import solve_inputs
 from ._internal.parametrise import resolve
 from ._internal.pytree import tree_all_finite, tree_astype, working_dtype
 from ._internal.types import Stats, Tags
+from ._internal.unvmap import unvmap_any
 from ._solution import EquilibriumSolution
 from ._solver.anderson import AndersonAcceleration
 from ._solver.progress import divergence_bound
@@ -39,6 +40,12 @@ def as_solver(solver: Any) -> Solver:
     """A layer's solver: [`implicitnets.SteadyState`][] of an ODE solver, or itself."""
     if isinstance(solver, dfx.AbstractSolver):
         return SteadyState(solver)
+    if isinstance(solver, optx.Bisection | optx.GoldenSearch):
+        raise TypeError(
+            f"`optimistix.{type(solver).__name__}` needs bounds of a scalar, which a "
+            "layer has none of. Use `optimistix.Newton` or `implicitnets.Broyden`, or "
+            "call `optimistix.root_find` with the bounds as its `options`."
+        )
     if isinstance(solver, Solver):
         return solver
     accepted = "`, `optimistix.".join(kind.__name__ for kind in get_args(Solver))
@@ -69,7 +76,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
     fixed_depth: eqx.AbstractVar[int]
 
     @abc.abstractmethod
-    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
+    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[ArrayLike]:
         """Where the solve starts, unless the call says otherwise.
 
         **Arguments:**
@@ -91,7 +98,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         self,
         x: PyTree,
         *,
-        z0: PyTree[Array] | None = None,
+        z0: PyTree[ArrayLike] | None = None,
         key: PRNGKeyArray | None = None,
         probe: AdjointReport | None = None,
     ) -> PyTree[Array]:
@@ -137,7 +144,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         self,
         x: PyTree,
         *,
-        z0: PyTree[Array] | None = None,
+        z0: PyTree[ArrayLike] | None = None,
         key: PRNGKeyArray | None = None,
         probe: AdjointReport | None = None,
     ) -> EquilibriumSolution:
@@ -168,7 +175,10 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         self = resolve(self)
         arguments = CellArguments(self.cell, x, key)
         z0 = self.start(x, key=key) if z0 is None else z0
-        z0 = checked_state(z0, arguments)
+        z0 = checked_state(z0, arguments, may_couple=self.fixed_depth > 0)
+        # Here, so that `jax.shard_map` sums a gradient over devices once, and not in
+        # loops whose lengths differ from device to device.
+        z0, arguments = vary_like((z0, arguments), (z0, arguments))
         if self.fixed_depth == 0:
             z_star, result, stats = self._find(z0, arguments, probe)
         else:
@@ -257,14 +267,14 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     solver: Solver = eqx.field(
         default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=as_solver
     )
-    init: Callable[[Any], PyTree[Array]] | None = keyword(None)
-    zero_state: Callable[[Any], PyTree[Array]] | None = keyword(None)
+    init: Callable[[Any], PyTree[ArrayLike]] | None = keyword(None)
+    zero_state: Callable[[Any], PyTree[ArrayLike]] | None = keyword(None)
     adjoint: optx.AbstractAdjoint = keyword(ImplicitAdjoint())
     max_steps: int = keyword(256)
     throw: bool = keyword(False)
     fixed_depth: int = keyword(0)
 
-    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
+    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[ArrayLike]:
         """`init(x)`, or the zero state."""
         del key
         return make_zeros(self.zero_state, x) if self.init is None else self.init(x)
@@ -297,19 +307,20 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     solver: Solver = eqx.field(
         default=AndersonAcceleration(rtol=1e-4, atol=1e-6), converter=as_solver
     )
-    init: Callable[[Any], PyTree[Array]] | None = keyword(None)
-    zero_state: Callable[[Any], PyTree[Array]] | None = keyword(None)
+    init: Callable[[Any], PyTree[ArrayLike]] | None = keyword(None)
+    zero_state: Callable[[Any], PyTree[ArrayLike]] | None = keyword(None)
     adjoint: optx.AbstractAdjoint = keyword(ImplicitAdjoint())
     max_steps: int = keyword(256)
     throw: bool = keyword(False)
     fixed_depth: int = keyword(0)
 
-    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
+    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[ArrayLike]:
         """`init(x)`, or `cell(z, x)` at the zero state."""
         if self.init is not None:
             return self.init(x)
         arguments = CellArguments(resolve(self.cell), x, key)
-        zeros = checked_state(make_zeros(self.zero_state, x), arguments)
+        zeros = make_zeros(self.zero_state, x)
+        zeros = checked_state(zeros, arguments, may_couple=True)
         return call_cell(zeros, arguments)
 
 
@@ -398,7 +409,7 @@ def _judge(
     # Evaluated only if an example of the batch needs it.
     residual_norm = norm(residual)
     bound = lax.cond(
-        eqxi.unvmap_any(failed), start_bound, lambda: jnp.zeros_like(residual_norm)
+        unvmap_any(failed), start_bound, lambda: jnp.zeros_like(residual_norm)
     )
     diverged = (result == optx.RESULTS.nonlinear_max_steps_reached) & (
         residual_norm > bound

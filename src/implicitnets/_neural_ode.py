@@ -7,7 +7,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, PRNGKeyArray, PyTree, ScalarLike
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree, ScalarLike
 
 from ._cell import cell_residual, checked_state, make_zeros
 from ._internal.arguments import CellArguments
@@ -54,8 +54,8 @@ class NeuralODE(eqx.Module):
     cell: Callable
     solver: dfx.AbstractSolver = dfx.Tsit5()
     t1: ScalarLike = keyword(1.0)
-    init: Callable[[Any], PyTree[Array]] | None = keyword(None)
-    zero_state: Callable[[Any], PyTree[Array]] | None = keyword(None)
+    init: Callable[[Any], PyTree[ArrayLike]] | None = keyword(None)
+    zero_state: Callable[[Any], PyTree[ArrayLike]] | None = keyword(None)
     dt0: ScalarLike = keyword(0.1)
     stepsize_controller: dfx.AbstractStepSizeController = keyword(
         dfx.PIDController(rtol=1e-3, atol=1e-6)
@@ -69,7 +69,7 @@ class NeuralODE(eqx.Module):
         check_number(self, "dt0", lambda x: x > 0, "positive")
         check_number(self, "max_steps", lambda x: x >= 1, "at least 1")
 
-    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[Array]:
+    def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[ArrayLike]:
         """`init(x)`, or the zero state."""
         del key
         return make_zeros(self.zero_state, x) if self.init is None else self.init(x)
@@ -78,7 +78,7 @@ class NeuralODE(eqx.Module):
         self,
         x: PyTree,
         *,
-        z0: PyTree[Array] | None = None,
+        z0: PyTree[ArrayLike] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> PyTree[Array]:
         """The state at time `t1` for one input.
@@ -104,7 +104,7 @@ class NeuralODE(eqx.Module):
         self,
         x: PyTree,
         *,
-        z0: PyTree[Array] | None = None,
+        z0: PyTree[ArrayLike] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> EquilibriumSolution:
         """The state at time `t1` for one input, and how it was found.
@@ -127,7 +127,7 @@ class NeuralODE(eqx.Module):
         self = resolve(self)
         arguments = CellArguments(self.cell, x, key)
         z0 = self.start(x, key=key) if z0 is None else z0
-        z0 = checked_state(z0, arguments)
+        z0 = checked_state(z0, arguments, may_couple=True)
         dtype = working_dtype(z0)
         like = eqx.filter_eval_shape(lambda: z0)
 

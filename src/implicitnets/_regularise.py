@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from ._internal.checks import check_argument
+from ._internal.manual import vary_like
 from ._internal.parametrise import resolve
 from ._internal.pytree import tree_dot, tree_normal, working_dtype
 from ._solution import EquilibriumSolution
@@ -87,10 +88,10 @@ def jacobian_penalty(
     cell = resolve(cell)
     if detach:
         z = lax.stop_gradient(z)
-    _, pull_back = jax.vjp(lambda z: cell(z, x), z)
+    value, pull_back = jax.vjp(lambda z: cell(z, x), z)
 
     def estimate(key):
-        (product,) = pull_back(tree_normal(key, z))
+        (product,) = pull_back(vary_like(tree_normal(key, z), value))
         return tree_dot(product, product)
 
     estimates = jax.vmap(estimate)(jr.split(key, num_samples))
@@ -160,7 +161,9 @@ def growing_weight(
 
     def schedule(step: ScalarLike) -> Scalar:
         steps = jnp.asarray(step) - begin
-        weight = initial + increment * jnp.floor_divide(steps, every).astype(float)
+        # A number of the integer's and Python's making takes the dtype of the penalty.
+        with jax.numpy_dtype_promotion("standard"):
+            weight = initial + increment * jnp.floor_divide(steps, every)
         return jnp.where(steps >= 0, weight, 0.0)
 
     return schedule

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from ._internal.checks import check_argument
 from ._internal.convolution import fast_convolutions
 from ._internal.krylov import arnoldi
+from ._internal.manual import vary_like
 from ._internal.parametrise import resolve
 from ._internal.pytree import working_dtype
 
@@ -119,7 +120,7 @@ def _ritz_radius(
         image, _ = ravel_pytree(product(unravel(v.astype(flat.dtype))))
         return image.astype(dtype)
 
-    start = jr.normal(key, flat.shape, dtype)
+    start = vary_like(jr.normal(key, flat.shape, dtype), flat)
     _, projection = arnoldi(flat_product, start, num_steps)
     return lax.stop_gradient(_radius(projection))
 
@@ -135,9 +136,10 @@ def _radius(matrix: Float[Array, "n n"]) -> Scalar:
 
     def scaled(power):
         norm = jnp.sqrt(jnp.sum(jnp.square(power)))
-        positive = norm > 0
-        log_norm = jnp.where(positive, jnp.log(jnp.where(positive, norm, 1)), -jnp.inf)
-        return power / jnp.where(positive, norm, 1), log_norm
+        # NaN is no zero: it goes through.
+        zero = norm == 0
+        log_norm = jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, norm)))
+        return power / jnp.where(zero, 1, norm), log_norm
 
     def square(_, carry):
         power, log_norm, exponent = carry

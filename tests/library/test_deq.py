@@ -611,3 +611,42 @@ def test_export_to_accelerators():
     assert "callback" not in module.mlir_module()
     xs = jnp.stack([x, 2 * x])
     assert np.allclose(module.call(xs), gradient(xs), rtol=1e-5, atol=1e-6)
+
+
+def coupled_cell(z, x):
+    return jnp.tanh(0.3 * (z - jax.lax.pmean(z, "batch")) + x)
+
+
+def test_a_cell_that_couples_a_batch_is_refused():
+    deq = inn.DeepEquilibriumNetwork(coupled_cell)
+    xs = jnp.arange(6.0).reshape(3, 2)
+    match = "`coupled_cell.*axis 'batch'.*whole batch.*`implicitnets.set_fixed_depth`"
+    with pytest.raises(ValueError, match=match):
+        jax.vmap(deq, axis_name="batch")(xs)
+
+    # What it says to do instead.
+    def batch_cell(zs, xs):
+        return jax.vmap(coupled_cell, axis_name="batch")(zs, xs)
+
+    exact = inn.ImplicitAdjoint(inn.GivensGMRES(TOL, 0.0))
+    whole = inn.DeepEquilibriumNetwork(batch_cell, SOLVERS["anderson"], adjoint=exact)
+    unrolled = inn.set_fixed_depth(deq, 40)
+    expected = jax.vmap(unrolled, axis_name="batch")
+    for fn in (lambda f: f(xs), lambda f: jax.grad(lambda xs: jnp.sum(f(xs) ** 3))(xs)):
+        assert relative_error(fn(whole), fn(expected)) < 10 * TOL
+
+
+@pytest.mark.parametrize("number", (0, 0.0))
+def test_a_python_number_has_no_dtype_of_its_own(number):
+    x = jnp.float32(0.3)
+    start = inn.DeepEquilibriumNetwork(lambda z, x: jnp.tanh(z / 2 + x))
+    init = eqx.tree_at(
+        lambda deq: deq.init, start, lambda x: number, is_leaf=lambda x: x is None
+    )
+    assert start(x, z0=number).dtype == init(x).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("solver", (optx.Bisection, optx.GoldenSearch))
+def test_a_solver_that_needs_bounds_is_refused(solver):
+    with pytest.raises(TypeError, match=f"{solver.__name__}` needs bounds"):
+        inn.DeepEquilibriumNetwork(dense_cell(), solver(1e-3, 1e-3))

@@ -77,6 +77,12 @@ def test_growing_weight():
     assert weights == [0, 0, 2, 2, 2.5, 3]
 
 
+def test_a_growing_weight_has_the_dtype_of_the_penalty():
+    weight = growing_weight(2.0, 0.5, 10)(jnp.int32(25))
+    for dtype in (jnp.bfloat16, jnp.float32):
+        assert (weight * jnp.ones((), dtype)).dtype == dtype
+
+
 @pytest.mark.parametrize(
     "name, call",
     (

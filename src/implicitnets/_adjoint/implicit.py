@@ -2,7 +2,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -11,7 +10,9 @@ from jaxtyping import Array, PyTree
 
 from .._internal.pytree import tree_all_finite
 from .._internal.types import LinearSolution, Tags
+from .._internal.unvmap import unvmap_any
 from .._linear_solver.gmres import GivensGMRES
+from .._linear_solver.solve import run_linear_solver
 from .report import AbstractReportingAdjoint, AdjointReport
 from .root import AbstractInversion, differentiate_root
 
@@ -95,18 +96,17 @@ class _Inversion(AbstractInversion):
         transposed: bool,
     ) -> LinearSolution:
         del aux, transposed
-        solution = lx.linear_solve(operator, vector, self.linear_solver, throw=False)
-        value, result, stats = solution.value, solution.result, solution.stats
+        value, result, stats = run_linear_solver(operator, vector, self.linear_solver)
         if self.fallback is None:
             return value, result, stats
         fallback = self.fallback
         failed = (result != lx.RESULTS.successful) | ~tree_all_finite(value)
 
         def fall_back():
-            other = lx.linear_solve(operator, vector, fallback, throw=False).value
+            other, _, _ = run_linear_solver(operator, vector, fallback)
             # Example by example, so that none depends on its neighbours.
             return jtu.tree_map(lambda x, y: jnp.where(failed, x, y), other, value)
 
         # Of the whole batch: with a batched predicate JAX would run both branches.
-        value = lax.cond(eqxi.unvmap_any(failed), fall_back, lambda: value)
+        value = lax.cond(unvmap_any(failed), fall_back, lambda: value)
         return value, result, stats

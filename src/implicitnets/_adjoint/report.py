@@ -7,6 +7,8 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Scalar
 
+from .._internal.results import promote
+
 
 _Adjoint = TypeVar("_Adjoint", bound=optx.AbstractAdjoint)
 
@@ -112,7 +114,7 @@ class AdjointReport(eqx.Module):
 def result_number(result: lx.RESULTS | ADJOINT_RESULTS) -> Scalar:
     """What `AdjointReport.result` has for a result."""
     if isinstance(result, lx.RESULTS):
-        result = ADJOINT_RESULTS.promote(result)
+        result = promote(result, ADJOINT_RESULTS)
     return jnp.stack(
         [
             jnp.where(result == getattr(ADJOINT_RESULTS, name), float(number), 0.0)

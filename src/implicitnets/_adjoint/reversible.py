@@ -2,7 +2,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from .._internal.optimistix import (
 )
 from .._internal.pytree import tree_cast_like, working_dtype
 from .._internal.types import Tags
+from .._internal.unvmap import unvmap_any
 from .._solver.reversible import ReversibleFixedPoint, ReversibleState, start_pair
 from .detach import close_aux, detach, substitute
 from .implicit import ImplicitAdjoint
@@ -155,7 +155,7 @@ def _iterate_bwd(
         # Example by example, so that none depends on its neighbours.
         return jtu.tree_map(lambda x, y: jnp.where(failed, x, y), others, grads)
 
-    grads = lax.cond(eqxi.unvmap_any(failed), fall_back, lambda: grads)
+    grads = lax.cond(unvmap_any(failed), fall_back, lambda: grads)
     if probe is None:
         return grads, None
     result = ADJOINT_RESULTS.where(

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree, Scalar
 from .._internal.optimistix import run_solve
 from .._internal.pytree import tree_cast_like, tree_dot, working_dtype
 from .._internal.types import LinearSolution, Tags
+from .._linear_solver.solve import linear_operator
 from .detach import close_aux
 from .report import AdjointReport, result_number
 
@@ -135,10 +136,8 @@ def _solve(
         def solve(matvec, b):
             b, block = b
             b, scale = _normalise(b)
-            operator = lx.FunctionLinearOperator(
-                lambda u: matvec((u, block))[0],
-                jax.eval_shape(lambda: b),
-                operator_tags,
+            operator = linear_operator(
+                lambda u: matvec((u, block))[0], b, operator_tags
             )
             value, result, stats = inversion.solve(operator, b, aux, transposed)
             if transposed and block is not None:
@@ -162,11 +161,17 @@ def _make_report(operator, vector, value, result, stats) -> AdjointReport:
     # linear solvers tell the residual of exact arithmetic, or none.
     difference = jtu.tree_map(jnp.subtract, vector, operator.mv(value))
     residual = jnp.sqrt(tree_dot(difference, difference))
-    num_steps = jnp.asarray(stats.get("num_steps", 0.0))
+    num_steps = jnp.asarray(stats.get("num_steps", 0.0)).astype(residual.dtype)
+
+    # Of every example: a constant of the solver's has no batch, and a probe that the
+    # batch shares would count it once.
+    def of_example(x):
+        return jnp.where(False, residual, x)
+
     return AdjointReport(
-        num_steps=num_steps.astype(residual.dtype),
+        num_steps=of_example(num_steps),
         residual=residual,
-        result=result_number(result),
+        result=of_example(result_number(result).astype(residual.dtype)),
     )
 
 

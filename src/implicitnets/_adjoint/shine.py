@@ -2,7 +2,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -12,6 +11,7 @@ from .._internal.checks import check_integer
 from .._internal.optimistix import solve_inputs, SolveOutputs
 from .._internal.types import LinearSolution, Tags
 from .._linear_solver.gmres import GivensGMRES
+from .._linear_solver.solve import linear_operator, run_linear_solver
 from .._solver.broyden import Broyden, BroydenState, inverse_jacobian
 from .report import AbstractReportingAdjoint, AdjointReport
 from .root import AbstractInversion, differentiate_root
@@ -112,16 +112,10 @@ class _Inversion(AbstractInversion):
         solver = GivensGMRES(
             rtol=0.0, atol=0.0, max_steps=num_products, restart=num_products
         )
-        structure = jax.eval_shape(lambda: vector)
-        preconditioner = lx.FunctionLinearOperator(inverse.mv, structure)
-        solution = lx.linear_solve(
-            operator,
-            vector,
-            solver,
-            options={"preconditioner": preconditioner},
-            throw=False,
-        )
-        return solution.value, result, solution.stats
+        preconditioner = linear_operator(inverse.mv, vector)
+        options = {"preconditioner": preconditioner}
+        value, _, stats = run_linear_solver(operator, vector, solver, options)
+        return value, result, stats
 
 
 def _find(tree: PyTree, kind: type) -> list:

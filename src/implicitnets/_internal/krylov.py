@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from .manual import vary_like
 from .pytree import working_dtype
 
 
@@ -41,7 +42,7 @@ def arnoldi(
 
     first, _ = _normalise(start, jnp.zeros((), dtype))
     basis = jnp.zeros((num_steps + 1, start.size), dtype).at[0].set(first)
-    projection = jnp.zeros((num_steps + 1, num_steps), dtype)
+    projection = vary_like(jnp.zeros((num_steps + 1, num_steps), dtype), start)
     basis, projection = lax.fori_loop(0, num_steps, step, (basis, projection))
     return basis[:num_steps], projection[:num_steps]
 
@@ -72,11 +73,13 @@ def leading_eigenvector(
 
 def starting_vector(example: Array) -> Float[Array, " n"]:
     """A fixed vector without structure, in which no eigenvector is missing."""
-    return jr.normal(jr.key(0), (example.size,), working_dtype(example))
+    start = jr.normal(jr.key(0), (example.size,), working_dtype(example))
+    return vary_like(start, example)
 
 
 def _normalise(x, least):
     norm = jnp.sqrt(jnp.sum(jnp.square(x)))
-    usable = norm > least
+    # Also where it is NaN, which is to be seen and not to be taken for zero.
+    usable = ~(norm <= least)
     factor = jnp.where(usable, 1 / jnp.where(usable, norm, 1), 0)
     return factor * x, jnp.where(usable, norm, 0)

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int
+
+from .manual import vary_as_next
+from .unvmap import unvmap_any
 
 
 _Value = TypeVar("_Value")
@@ -72,7 +74,7 @@ def while_loop(
     def any_active(carry):
         step, active, _ = carry
         # Unbatched, so that JAX's own batching rule adds no `select` of its own.
-        go_on = eqxi.unvmap_any(active)
+        go_on = unvmap_any(active)
         return go_on if max_steps is None else go_on & (step < max_steps)
 
     def advance(carry):
@@ -91,7 +93,7 @@ def while_loop(
         return step + 1, active & cond_fun(new_value), new_value
 
     init = (jnp.array(0), jnp.asarray(cond_fun(init_val)), init_val)
-    _, _, final_val = lax.while_loop(any_active, advance, init)
+    _, _, final_val = lax.while_loop(any_active, advance, vary_as_next(advance, init))
     return final_val
 
 

@@ -2,7 +2,6 @@ import functools as ft
 from typing import ClassVar
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -20,6 +19,7 @@ from .._internal.history import (
 from .._internal.loop import Unfrozen, while_loop
 from .._internal.pytree import tree_dot, working_dtype
 from .._internal.types import LinearSolution, Options, Product
+from .._internal.unvmap import unvmap_any
 from .matrix_free import AbstractMatrixFreeSolver
 
 
@@ -244,7 +244,7 @@ def _verify(
     check = ~verified & system.affords(num_steps)
     # Under `vmap` a product is one for the whole batch: made if any example needs it.
     residual = lax.cond(
-        eqxi.unvmap_any(check),
+        unvmap_any(check),
         lambda: system.residual(solution),
         lambda: solve.residual,
     )
@@ -340,7 +340,7 @@ def _project_out(
         # By the example, so that none depends on its neighbours.
         return jtu.tree_map(lambda x, y: jnp.where(cancelled, x, y), twice, once)
 
-    image, projections, norm = lax.cond(eqxi.unvmap_any(cancelled), again, lambda: once)
+    image, projections, norm = lax.cond(unvmap_any(cancelled), again, lambda: once)
     return image, projections + jnp.where(rows == j, along, 0), norm
 
 

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from .._internal.checks import check_options
 from .._internal.loop import SolverState, Unfrozen
+from .._internal.manual import vary_like
 from .._internal.types import Answer, Aux, Fn, Options, Tags, Verdict, Y
 from .progress import Progress
 
@@ -73,7 +74,8 @@ class AbstractSolver(optx.AbstractIterativeSolver, Generic[_Kept, _Free]):
                 f"{y_struct}."
             )
         kept, free = self._start(Problem(fn, args, tags), y)
-        return SolverState(kept, Unfrozen(free), Unfrozen(jnp.array(0)))
+        state = SolverState(kept, Unfrozen(free), Unfrozen(jnp.array(0)))
+        return vary_like(state, y_struct, f_struct)
 
     def step(
         self, fn: Fn, y: Y, args: Any, options: Options, state: SolverState, tags: Tags

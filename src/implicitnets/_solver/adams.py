@@ -3,13 +3,13 @@ from typing import Any, ClassVar
 
 import diffrax as dfx
 import equinox as eqx
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._internal.types import BoolScalarLike, RealScalarLike
+from .._internal.unvmap import unvmap_any
 
 
 def _scale(a: Scalar, x: PyTree[Array]) -> PyTree[Array]:
@@ -118,7 +118,7 @@ class VCABM3(dfx.AbstractAdaptiveSolver):
         old = solver_state.has_previous
         if made_jump is not False:
             f0 = lax.cond(
-                eqxi.unvmap_any(made_jump),
+                unvmap_any(jnp.asarray(made_jump)),
                 lambda: jtu.tree_map(
                     lambda new, kept: jnp.where(made_jump, new, kept),
                     self.func(terms, t0, y0, args),

@@ -1,5 +1,4 @@
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -16,6 +15,7 @@ from .._internal.pytree import (
     working_dtype,
 )
 from .._internal.types import Answer, Aux, Norm, Verdict, Y
+from .._internal.unvmap import unvmap_any
 from .abstract import AbstractSolver, Problem
 from .compact import (
     border,
@@ -325,7 +325,7 @@ def _learn(
         return row, solve(border(updates.matrix, row, column), core.projections)
 
     # Asked of the whole batch: with a batched predicate both branches are run.
-    any_good = eqxi.unvmap_any(jnp.any(core.is_good))
+    any_good = unvmap_any(jnp.any(core.is_good))
     row, weights = jax.lax.cond(any_good, some_good, only_bad)
     matrix = border(updates.matrix, row, column)
     matrix = jnp.where(finished, updates.matrix, matrix)

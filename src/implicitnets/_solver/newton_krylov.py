@@ -17,8 +17,13 @@ from .._internal.pytree import (
     tree_dot,
     working_dtype,
 )
+from .._internal.results import promote
 from .._internal.types import Answer, Aux, Norm, Tags, Verdict, Y
 from .._linear_solver.gmres import GivensGMRES
+from .._linear_solver.solve import (
+    linear_operator,
+    run_linear_solver,
+)
 from .abstract import AbstractSolver, Problem
 from .progress import Progress, start_progress
 
@@ -168,7 +173,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
             forcing=jnp.where(accept, forcing, kept.forcing),
             failed=~usable,
             linear_result=optx.RESULTS.where(
-                solve, optx.RESULTS.promote(linear_result), kept.linear_result
+                solve, promote(linear_result, optx.RESULTS), kept.linear_result
             ),
             num_rejected_steps=kept.num_rejected_steps
             + jnp.where(accept | progress.converged, 0, 1),
@@ -201,11 +206,17 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
             # Lineax solvers do not differentiate with respect to their fields.
             forcing = jax.lax.stop_gradient(forcing)
             solver = eqx.tree_at(lambda s: s.rtol, solver, forcing)
-        structure = jax.eval_shape(lambda: vector)
-        operator = lx.FunctionLinearOperator(jacobian, structure, tags)
-        solution = lx.linear_solve(operator, vector, solver, throw=False)
-        num_matvecs = solution.stats["num_steps"] if self._counts_products else 0
-        return solution.value, solution.result, num_matvecs
+
+        def solve(product, vector):
+            operator = linear_operator(product, vector, tags)
+            value, result, stats = run_linear_solver(operator, vector, solver)
+            return value, (result, stats["num_steps"] if self._counts_products else 0)
+
+        # Unrolling the steps differentiates it.
+        value, (result, num_matvecs) = jax.lax.custom_linear_solve(
+            jacobian, vector, solve, transpose_solve=solve, has_aux=True
+        )
+        return value, result, num_matvecs
 
     @property
     def _counts_products(self) -> bool:

@@ -1,0 +1,74 @@
+"""What `jax.shard_map` asks of arrays: to say over which axes of the mesh they vary.
+
+There every type has these axes (`check_vma`, the default). What is made of constants
+varies over none, and JAX asks for one type where arrays meet in a loop or in a branch.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.tree_util as jtu
+
+
+_Carry = TypeVar("_Carry")
+_Out = TypeVar("_Out")
+
+
+def is_manual() -> bool:
+    """Whether this is traced within `jax.shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def vary_like(tree: _Out, *others: Any) -> _Out:
+    """Arrays that vary over all the axes over which some others do, too.
+
+    **Arguments:**
+
+    - `tree`: a pytree. What is no array in it stays as it is.
+    - `others`: pytrees of arrays or of their structures.
+
+    **Returns:**
+
+    The same arrays.
+    """
+    if not is_manual():
+        return tree
+    axes = frozenset().union(*(_axes(x) for x in jtu.tree_leaves(others)))
+    return jtu.tree_map(lambda x: _vary(x, axes), tree)
+
+
+def vary_as_next(body_fun: Callable[[_Carry], _Carry], init_val: _Carry) -> _Carry:
+    """The first carry of a loop, of the type that its next ones have.
+
+    **Arguments:**
+
+    - `body_fun`, `init_val`: as `jax.lax.while_loop`.
+
+    **Returns:**
+
+    The same carry.
+    """
+    while is_manual():
+        next_val = jax.eval_shape(body_fun, init_val)
+        old = jtu.tree_map(_axes, init_val)
+        init_val = jtu.tree_map(lambda x, new: _vary(x, _axes(new)), init_val, next_val)
+        if jtu.tree_map(_axes, init_val) == old:
+            break
+    return init_val
+
+
+def _axes(x: Any) -> frozenset[str]:
+    if isinstance(x, jax.Array):
+        x = jax.typeof(x)
+    kind = getattr(x, "manual_axis_type", None)
+    return frozenset() if kind is None else kind.varying
+
+
+def _vary(x: Any, axes: frozenset[str]) -> Any:
+    missing = axes - _axes(x)
+    if not missing or not eqx.is_array(x):
+        return x
+    return lax.pcast(x, tuple(missing), to="varying")
