@@ -85,8 +85,10 @@ def read_records(path: Path) -> list[Record]:
 def draw(records: Sequence[Record]):
     """Loss, accuracy, work and stability in the course of the training."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 3.2), layout="constrained")
+    known = {name for record in records for name in record}
     for axis, (title, names) in zip(axes, PANELS.items(), strict=True):
-        plot.training(records, names, axes=axis)
+        # A run measures some of them only if its options ask for it.
+        plot.training(records, [name for name in names if name in known], axes=axis)
         axis.set_title(title)
     return figure
 

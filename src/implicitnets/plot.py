@@ -159,7 +159,15 @@ def training(
     **Returns:**
 
     The axes.
+
+    **Raises:**
+
+    `ValueError` for a name that no record has.
     """
+    known = sorted({name for record in records for name in record})
+    for name in (*names, against):
+        if name not in known:
+            raise ValueError(f"No record has {name!r}; they have {', '.join(known)}.")
     axes = _new_axes(axes)
     for name in names:
         points = [(r[against], r[name]) for r in records if name in r and against in r]

@@ -74,11 +74,13 @@ def test_solves():
 
 def test_training():
     records = [{"step": 0, "loss": 2.0}, {"step": 1}, {"step": 2, "loss": 1.0}]
-    axes = plot.training(records, ["loss", "absent"])
-    loss, absent = axes.get_lines()
+    (loss,) = plot.training(records, ["loss"]).get_lines()
     assert np.array_equal(loss.get_xdata(), [0, 2])
     assert np.array_equal(loss.get_ydata(), [2, 1])
-    assert len(np.asarray(absent.get_xdata())) == 0
+    with pytest.raises(ValueError, match="'absent'; they have loss, step"):
+        plot.training(records, ["loss", "absent"])
+    with pytest.raises(ValueError, match="'epoch'; they have loss, step"):
+        plot.training(records, ["loss"], against="epoch")
 
 
 def test_matplotlib_is_imported_only_when_used():

@@ -54,6 +54,11 @@ def _read_split(folder: Path, image_size: tuple[int, int] | None) -> Examples:
                 f"{path} is not of the size of {paths[0].name}; give one by "
                 "--image-size."
             )
+        if not np.all((mask == np.round(mask)) & (mask >= 0) & (mask <= _UNLABELLED)):
+            raise DataError(
+                f"{mask_path} has the values {mask.min()} to {mask.max()}; a mask has "
+                f"class numbers from 0 to {_UNLABELLED - 1}, or {_UNLABELLED} for none."
+            )
         inputs.append(image)
         mask = mask.astype(np.int32)
         targets.append(np.where(mask == _UNLABELLED, np.int32(IGNORED), mask))

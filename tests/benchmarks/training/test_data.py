@@ -1,6 +1,7 @@
 """The training script's data: what is read, in which order, and what is refused."""
 
 import dataclasses
+import functools as ft
 import gzip
 import http.client
 import pickle
@@ -481,9 +482,22 @@ def damage_classes(folder):
     save(folder / "masks" / "1.png", np.full((6, 8), 9, np.uint8))
 
 
+def damage_values(folder, value, dtype):
+    (folder / "masks" / "1.png").unlink()
+    Image.fromarray(np.full((6, 8), value, dtype)).save(folder / "masks" / "1.tiff")
+
+
 @pytest.mark.parametrize(
     "damage, sentence",
     [
+        (
+            ft.partial(damage_values, value=-3.5, dtype=np.float32),
+            "masks/1.tiff has the values -3.5 to -3.5; a mask has class numbers from 0",
+        ),
+        (
+            ft.partial(damage_values, value=70_000, dtype=np.int32),
+            "masks/1.tiff has the values 70000 to 70000; a mask has class numbers",
+        ),
         (damage_no_mask, "masks has no mask for 1.png"),
         (damage_no_images, "images has no images"),
         (damage_truncated, "images/1.png cannot be read as an image"),

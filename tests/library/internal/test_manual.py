@@ -23,13 +23,11 @@ TOLERANCES = tolerance(1e-5, 1e-9), 0.0
 ANDERSON = inn.AndersonAcceleration(*TOLERANCES)
 EXACT = inn.ImplicitAdjoint(inn.GivensGMRES(TOLERANCES[0], 0.0))
 
+# Broyden's method and the reversible iteration come with their adjoints.
 SOLVERS = {
     "anderson": ANDERSON,
-    "broyden": inn.Broyden(*TOLERANCES),
     "newton_krylov": inn.NewtonKrylov(*TOLERANCES),
-    "reversible": inn.ReversibleFixedPoint(*TOLERANCES),
-    "steady_state": inn.SteadyState(dfx.Tsit5(), *TOLERANCES),
-    "adams": inn.SteadyState(inn.VCABM3(), *TOLERANCES),
+    "steady_state": inn.SteadyState(inn.VCABM3(), *TOLERANCES),
     "fixed_point": optx.FixedPointIteration(*TOLERANCES),
 }
 ADJOINTS = {
