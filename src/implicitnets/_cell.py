@@ -9,9 +9,11 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from ._internal.arguments import CellArguments
+from ._internal.checks import check_part, Part
 from ._internal.convolution import fast_convolutions
 
 
@@ -41,29 +43,52 @@ def make_zeros(
     zero_state: Callable[[Any], PyTree[ArrayLike]] | None, x: PyTree
 ) -> PyTree[ArrayLike]:
     """A layer's zero state for an input."""
-    return jtu.tree_map(jnp.zeros_like, x) if zero_state is None else zero_state(x)
+    if zero_state is not None:
+        return zero_state(x)
+    # What is no array is left to `checked_state` to refuse.
+    return jtu.tree_map(lambda v: jnp.zeros_like(v) if eqx.is_array_like(v) else v, x)
+
+
+def check_starts(layer: Any) -> None:
+    """Check the functions of a layer that say where it starts."""
+    check_part(layer, "init", layer.init, _START_FUNCTION, optional=True)
+    check_part(layer, "zero_state", layer.zero_state, _START_FUNCTION, optional=True)
+
+
+_START_FUNCTION = Part(
+    "a function of the input",
+    Callable,
+    {
+        jax.Array | np.ndarray: (
+            "An array is for a call: `layer(x, z0=...)`, or "
+            "`init=lambda x: ...` for the same start every time."
+        )
+    },
+)
 
 
 def checked_state(
     z: PyTree, arguments: CellArguments, *, may_couple: bool
 ) -> PyTree[Array]:
     """A state as arrays of the cell's dtypes, if the cell maps it to one like it."""
-    z = jtu.tree_map(jnp.asarray, z)
-    for leaf in jtu.tree_leaves(z):
-        if not (leaf.weak_type or jnp.issubdtype(leaf.dtype, jnp.floating)):
-            raise ValueError(
-                "The state `z` must consist of real floating-point arrays; got an "
-                f"array of dtype {leaf.dtype}. Split complex numbers into real and "
-                f"imaginary parts. {_START}"
-            )
     name = getattr(arguments.cell, "__name__", type(arguments.cell).__name__)
+    leaves = jtu.tree_leaves(z)
+    if not leaves or not all(map(_is_real, leaves)):
+        raise ValueError(
+            f"`{name}(z, x)` needs a state `z` of real floating-point arrays; got `z` "
+            f"of structure {_describe(z)} for `x` of structure "
+            f"{_describe(arguments.x)}. Split complex numbers into real and imaginary "
+            f"parts. {_START}"
+        )
+    z = jtu.tree_map(jnp.asarray, z)
     z_struct = jax.eval_shape(lambda: z)
     try:
         jaxpr, *new_z = eqx.filter_make_jaxpr(call_cell)(z, arguments)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"`{name}(z, x)` fails for `z` of structure {_describe(z_struct)} and `x` "
-            f"of structure {_describe(arguments.x)}. {_START} The error: {error}"
+            f"of structure {_describe(arguments.x)}. {_START} The error: "
+            f"{type(error).__name__}: {error}"
         ) from error
     new_z = eqx.combine(*new_z)
     if jtu.tree_structure(z) == jtu.tree_structure(new_z):
@@ -105,10 +130,20 @@ _START = (
 )
 
 
+def _is_real(leaf: Any) -> bool:
+    if isinstance(leaf, bool | complex) or not eqx.is_array_like(leaf):
+        return False
+    # A Python number takes the dtype of what the cell makes of it.
+    is_number = isinstance(leaf, int | float) or getattr(leaf, "weak_type", False)
+    return is_number or jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating)
+
+
 def _describe(tree: PyTree) -> str:
     return eqx.tree_pformat(tree, struct_as_array=True)
 
 
 def _strip(structure: PyTree) -> tuple:
     leaves, treedef = jtu.tree_flatten(structure)
-    return treedef, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    # A cell may return what is no array.
+    shapes = [(getattr(x, "shape", x), getattr(x, "dtype", None)) for x in leaves]
+    return treedef, shapes

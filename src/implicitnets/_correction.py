@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -6,11 +7,21 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from ._adjoint.phantom import PhantomAdjoint
 from ._deq import AbstractDeepEquilibriumNetwork
-from ._internal.checks import check_argument
+from ._internal.checks import (
+    ADJOINT,
+    as_integer,
+    check_number,
+    check_part,
+    check_value,
+    FUNCTION,
+    NON_NEGATIVE,
+    Part,
+)
 from ._internal.observe import AbstractObserver, observe
 from ._internal.types import Stats
 from ._solution import EquilibriumSolution
@@ -112,6 +123,23 @@ class _GivenSamples(AbstractObserver):
         ]
 
 
+_LAYER = Part("an equilibrium layer", AbstractDeepEquilibriumNetwork)
+
+
+def _as_steps(at: Any) -> int | tuple[int, ...]:
+    is_number = np.ndim(at) == 0
+    steps = tuple(map(as_integer, (at,) if is_number else at))
+    valid = len(steps) > 0 and all(type(step) is int for step in steps)
+    check_value(
+        "sample_states",
+        "at",
+        at,
+        valid and all(a < b for a, b in itertools.pairwise((0, *steps))),
+        "an integer of at least 1, or increasing ones",
+    )
+    return steps[0] if is_number and steps else steps
+
+
 def sample_states(
     deq: AbstractDeepEquilibriumNetwork,
     x: Any,
@@ -153,14 +181,11 @@ def sample_states(
     **Raises:**
 
     `ValueError` if `at` is neither a positive integer nor increasing positive integers;
-    and what the layer raises.
+    `TypeError` if `deq` is not an equilibrium layer; and what the layer raises.
     """
-    if isinstance(at, int):
-        check_argument("at", at, at >= 1, "at least 1")
-    else:
-        at = tuple(at)
-        increasing = all(a < b for a, b in zip((0, *at), at, strict=False))
-        check_argument("at", at, len(at) > 0 and increasing, "increasing steps from 1")
+    check_part("sample_states", "deq", deq, _LAYER)
+    check_part("sample_states", "phantom", phantom, ADJOINT)
+    at = _as_steps(at)
     if deq.fixed_depth > 0:
         return _sample_unrolled(deq, x, at, z0, key)
     observer = _EvenSamples(at) if isinstance(at, int) else _GivenSamples(at)
@@ -224,8 +249,18 @@ def exponential_weights(
     **Returns:**
 
     A function from the number of states to their weights.
+
+    **Raises:**
+
+    `ValueError` if `decay` is negative.
     """
-    return lambda number: decay ** jnp.arange(number - 1, -1, -1, dtype=float)
+    check_number("exponential_weights", "decay", decay, NON_NEGATIVE)
+
+    def weights(number):
+        ratio = jnp.asarray(decay, float)
+        return ratio ** jnp.arange(number - 1, -1, -1, dtype=float)
+
+    return weights
 
 
 def linear_weights() -> Callable[[int], Float[Array, " states"]]:
@@ -248,7 +283,12 @@ def constant_weights(value: float = 1.0) -> Callable[[int], Float[Array, " state
     **Returns:**
 
     A function from the number of states to their weights.
+
+    **Raises:**
+
+    `ValueError` if `value` is negative.
     """
+    check_number("constant_weights", "value", value, NON_NEGATIVE)
     return lambda number: jnp.full(number, value, dtype=float).at[-1].set(1.0)
 
 
@@ -278,5 +318,9 @@ def fixed_point_correction(
 
     A scalar.
     """
+    check_part("fixed_point_correction", "loss_fn", loss_fn, FUNCTION)
+    check_part("fixed_point_correction", "weights", weights, FUNCTION)
+    some = len(states) > 0
+    check_value("fixed_point_correction", "states", states, some, "some states")
     losses = jnp.stack([loss_fn(state, target) for state in states])
     return jnp.dot(weights(len(states)).astype(losses.dtype), losses)

@@ -1,21 +1,38 @@
 import abc
 from collections.abc import Callable
-from typing import Any, get_args, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from ._adjoint.detach import detach
 from ._adjoint.implicit import ImplicitAdjoint
 from ._adjoint.report import AdjointReport, with_probe
-from ._cell import call_cell, cell_residual, checked_state, make_zeros
+from ._cell import (
+    call_cell,
+    cell_residual,
+    check_starts,
+    checked_state,
+    make_zeros,
+)
 from ._internal.arguments import CellArguments
-from ._internal.checks import check_number, keyword
+from ._internal.checks import (
+    ADJOINT,
+    check_flag,
+    check_integer,
+    check_part,
+    check_value,
+    FUNCTION,
+    integer,
+    keyword,
+    Part,
+)
 from ._internal.manual import vary_like
 from ._internal.optimistix import solve_inputs
 from ._internal.parametrise import resolve
@@ -46,13 +63,20 @@ def as_solver(solver: Any) -> Solver:
             "layer has none of. Use `optimistix.Newton` or `implicitnets.Broyden`, or "
             "call `optimistix.root_find` with the bounds as its `options`."
         )
-    if isinstance(solver, Solver):
-        return solver
-    accepted = "`, `optimistix.".join(kind.__name__ for kind in get_args(Solver))
-    raise TypeError(
-        f"`solver` must be an instance of `optimistix.{accepted}` or "
-        f"`diffrax.AbstractSolver`; got {solver!r}."
-    )
+    return solver
+
+
+_SOLVER = Part(
+    "an Optimistix solver, such as `implicitnets.AndersonAcceleration(1e-4, 1e-6)`, or "
+    "a Diffrax solver of ordinary differential equations, such as `diffrax.Tsit5()`",
+    Solver | dfx.AbstractSolver,
+    {
+        lx.AbstractLinearSolver: (
+            "It solves linear systems: `implicitnets.ImplicitAdjoint({name}(...))`."
+        ),
+        optx.AbstractAdjoint: "It is an adjoint: `adjoint={name}(...)`.",
+    },
+)
 
 
 class AbstractDeepEquilibriumNetwork(eqx.Module):
@@ -90,9 +114,12 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         """
 
     def __check_init__(self):
-        # Placeholders pass too, as when a transformation rebuilds the layer.
-        check_number(self, "max_steps", lambda x: x >= 1, "at least 1")
-        check_number(self, "fixed_depth", lambda x: x >= 0, "at least 0")
+        check_part(self, "cell", self.cell, FUNCTION)
+        check_part(self, "solver", self.solver, _SOLVER)
+        check_part(self, "adjoint", self.adjoint, ADJOINT)
+        check_integer(self, "max_steps", self.max_steps, 1, traced=True)
+        check_flag(self, "throw", self.throw)
+        check_integer(self, "fixed_depth", self.fixed_depth, 0)
 
     def __call__(
         self,
@@ -260,7 +287,8 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
 
     **Raises:**
 
-    `TypeError` if `solver` is not a solver.
+    `ValueError` for a number that is not allowed; `TypeError` for a part of the wrong
+    kind.
     """
 
     cell: Callable
@@ -272,7 +300,10 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     adjoint: optx.AbstractAdjoint = keyword(ImplicitAdjoint())
     max_steps: int = keyword(256)
     throw: bool = keyword(False)
-    fixed_depth: int = keyword(0)
+    fixed_depth: int = integer(0, kw_only=True)
+
+    def __check_init__(self):
+        check_starts(self)
 
     def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[ArrayLike]:
         """`init(x)`, or the zero state."""
@@ -300,7 +331,8 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
 
     **Raises:**
 
-    `TypeError` if `solver` is not a solver.
+    `ValueError` for a number that is not allowed; `TypeError` for a part of the wrong
+    kind.
     """
 
     cell: Callable
@@ -312,7 +344,10 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     adjoint: optx.AbstractAdjoint = keyword(ImplicitAdjoint())
     max_steps: int = keyword(256)
     throw: bool = keyword(False)
-    fixed_depth: int = keyword(0)
+    fixed_depth: int = integer(0, kw_only=True)
+
+    def __check_init__(self):
+        check_starts(self)
 
     def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[ArrayLike]:
         """`init(x)`, or `cell(z, x)` at the zero state."""
@@ -344,23 +379,31 @@ def set_fixed_depth(model: _Model, depth: int) -> _Model:
 
     **Raises:**
 
-    `ValueError` if the depth is not an integer of at least 0.
+    `ValueError` if the depth is not an integer of at least 0, or the model has no
+    equilibrium layer.
     """
-    if not isinstance(depth, int) or depth < 0:
-        raise ValueError(f"`depth` must be an integer of at least 0; got {depth!r}.")
+    depth = check_integer("set_fixed_depth", "depth", depth, 0)
+    num_layers = 0
 
     def is_layer(node):
         return isinstance(node, AbstractDeepEquilibriumNetwork)
 
     def set_depth(node):
+        nonlocal num_layers
         if not is_layer(node):
             return node
+        num_layers += 1
         inner = jtu.tree_map(
             set_depth, node, is_leaf=lambda x: is_layer(x) and x is not node
         )
         return eqx.tree_at(lambda layer: layer.fixed_depth, inner, depth)
 
-    return jtu.tree_map(set_depth, model, is_leaf=is_layer)
+    new_model = jtu.tree_map(set_depth, model, is_leaf=is_layer)
+    some = num_layers > 0
+    check_value(
+        "set_fixed_depth", "model", model, some, "a model with an equilibrium layer"
+    )
+    return new_model
 
 
 # Optimistix differentiates `grad(norm(f(z) - z)) = 0`, which has no derivative at a

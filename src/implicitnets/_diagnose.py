@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -8,6 +9,14 @@ import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._adjoint.implicit import ImplicitAdjoint
+from ._internal.checks import (
+    check_integer,
+    check_part,
+    check_value,
+    FUNCTION,
+    Part,
+    SOLVER_KINDS,
+)
 from ._internal.convolution import fast_convolutions
 from ._internal.observe import AbstractObserver, observe
 from ._internal.parametrise import resolve
@@ -42,6 +51,13 @@ class ResidualTrace(eqx.Module):
     result: optx.RESULTS
 
 
+_SOLVER = Part(
+    "an Optimistix solver, such as `implicitnets.AndersonAcceleration(1e-4, 1e-6)`",
+    SOLVER_KINDS,
+    {dfx.AbstractSolver: "`implicitnets.SteadyState({name}(...))` makes one of it."},
+)
+
+
 def residual_trace(
     fn: Callable[[PyTree[Array], Any], PyTree[Array]],
     solver: optx.AbstractFixedPointSolver
@@ -74,8 +90,19 @@ def residual_trace(
 
     **Raises:**
 
-    `TypeError` if `solver` is not a solver.
+    `TypeError` if `solver` is not a solver; `ValueError` if `max_steps` is negative or
+    `z0` is not of real floating-point arrays.
     """
+    check_part("residual_trace", "fn", fn, FUNCTION)
+    check_part("residual_trace", "solver", solver, _SOLVER)
+    max_steps = check_integer("residual_trace", "max_steps", max_steps, 0)
+    check_value(
+        "residual_trace",
+        "z0",
+        z0,
+        all(_is_real(leaf) for leaf in jtu.tree_leaves(z0)),
+        "of real floating-point arrays",
+    )
     solution = optx.fixed_point(
         _call,
         observe(solver, _ResidualObserver(max_steps)),
@@ -96,6 +123,11 @@ def residual_trace(
         num_steps=num_steps,
         result=solution.result,
     )
+
+
+def _is_real(leaf: Any) -> bool:
+    is_array = eqx.is_array_like(leaf)
+    return is_array and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 # A module-level function, so that a trace outside `jit` is compiled once.

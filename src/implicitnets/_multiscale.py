@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, ScalarLike
 from ._adjoint.implicit import ImplicitAdjoint
 from ._cell import takes_key
 from ._deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork, Solver
-from ._internal.checks import check_argument
+from ._internal.checks import as_integer, check_part, check_value, FUNCTION
 from ._neural_ode import NeuralODE
 from ._solver.anderson import AndersonAcceleration
 
@@ -56,7 +56,8 @@ class MultiScaleCell(eqx.Module):
 
     **Raises:**
 
-    `ValueError` if the numbers of layers do not match.
+    `ValueError` if the numbers of layers do not match or there are none; `TypeError`
+    for what is not a layer.
     """
 
     main_layers: _Layers = eqx.field(converter=tuple)
@@ -65,6 +66,16 @@ class MultiScaleCell(eqx.Module):
 
     def __check_init__(self):
         num_scales = len(self.main_layers)
+        layers = {
+            "main_layers": self.main_layers,
+            "mapping_layers": itertools.chain(*self.mapping_layers),
+            "post_fuse_layers": self.post_fuse_layers or (),
+        }
+        for name, some_layers in layers.items():
+            for layer in some_layers:
+                check_part(self, name, layer, FUNCTION)
+        some = num_scales > 0
+        check_value(self, "main_layers", self.main_layers, some, "at least one layer")
         widths = [len(row) for row in self.mapping_layers]
         if widths != [num_scales] * num_scales:
             raise ValueError(
@@ -147,12 +158,14 @@ def _cell_and_starts(
 ) -> dict[str, Any]:
     """What the multiscale layers have in common, as arguments of any layer."""
     cell = MultiScaleCell(main_layers, mapping_layers, post_fuse_layers)
-    shapes = tuple(tuple(shape) for shape in state_shapes)
+    shapes = tuple(tuple(map(as_integer, shape)) for shape in state_shapes)
     num_scales = len(cell.main_layers)
-    check_argument(
+    check_value(
+        cell,
         "state_shapes",
         shapes,
-        len(shapes) == num_scales,
+        len(shapes) == num_scales
+        and all(type(size) is int and size >= 1 for shape in shapes for size in shape),
         f"one shape for each of the {num_scales} `main_layers`",
     )
     if not (init is None or callable(init)):

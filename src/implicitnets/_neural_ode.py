@@ -9,9 +9,21 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree, ScalarLike
 
-from ._cell import cell_residual, checked_state, make_zeros
+from ._cell import cell_residual, check_starts, checked_state, make_zeros
 from ._internal.arguments import CellArguments
-from ._internal.checks import check_number, keyword
+from ._internal.checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_part,
+    FUNCTION,
+    integer,
+    keyword,
+    Part,
+    POSITIVE,
+    SOLVER_KINDS,
+    STEP_SIZE_CONTROLLER,
+)
 from ._internal.parametrise import resolve
 from ._internal.pytree import (
     tree_all_finite,
@@ -22,6 +34,19 @@ from ._internal.pytree import (
 from ._internal.types import Stats
 from ._solution import EquilibriumSolution
 from ._solver.adams import VCABM3
+
+
+_EQUILIBRIUM_LAYER = "`implicitnets.DeepEquilibriumNetwork` takes it."
+_SOLVER = Part(
+    "a Diffrax solver of ordinary differential equations, such as `diffrax.Tsit5()`",
+    dfx.AbstractSolver,
+    {SOLVER_KINDS: _EQUILIBRIUM_LAYER},
+)
+_ADJOINT = Part(
+    "a Diffrax adjoint, such as `diffrax.BacksolveAdjoint()`",
+    dfx.AbstractAdjoint,
+    {optx.AbstractAdjoint: _EQUILIBRIUM_LAYER},
+)
 
 
 class NeuralODE(eqx.Module):
@@ -49,6 +74,11 @@ class NeuralODE(eqx.Module):
     - `adjoint`: any Diffrax adjoint.
     - `max_steps`: the largest number of solver steps.
     - `throw`: whether a solve that was not successful raises.
+
+    **Raises:**
+
+    `ValueError` for a number that is not allowed; `TypeError` for a part of the wrong
+    kind.
     """
 
     cell: Callable
@@ -61,13 +91,20 @@ class NeuralODE(eqx.Module):
         dfx.PIDController(rtol=1e-3, atol=1e-6)
     )
     adjoint: dfx.AbstractAdjoint = keyword(dfx.RecursiveCheckpointAdjoint())
-    max_steps: int = keyword(256)
+    max_steps: int = integer(256, kw_only=True)
     throw: bool = keyword(False)
 
     def __check_init__(self):
-        check_number(self, "t1", lambda x: x > 0, "positive")
-        check_number(self, "dt0", lambda x: x > 0, "positive")
-        check_number(self, "max_steps", lambda x: x >= 1, "at least 1")
+        check_part(self, "cell", self.cell, FUNCTION)
+        check_starts(self)
+        check_part(self, "solver", self.solver, _SOLVER)
+        check_number(self, "t1", self.t1, POSITIVE)
+        check_number(self, "dt0", self.dt0, POSITIVE)
+        controller = self.stepsize_controller
+        check_part(self, "stepsize_controller", controller, STEP_SIZE_CONTROLLER)
+        check_part(self, "adjoint", self.adjoint, _ADJOINT)
+        check_integer(self, "max_steps", self.max_steps, 1)
+        check_flag(self, "throw", self.throw)
 
     def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[ArrayLike]:
         """`init(x)`, or the zero state."""

@@ -8,7 +8,14 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from ._internal.checks import check_argument
+from ._internal.checks import (
+    check_integer,
+    check_number,
+    check_part,
+    FUNCTION,
+    NUMBER,
+    PROBABILITY,
+)
 from ._internal.manual import vary_like
 from ._internal.parametrise import resolve
 from ._internal.pytree import tree_dot, tree_normal, working_dtype
@@ -84,7 +91,7 @@ def jacobian_penalty(
 
     `ValueError` if `num_samples` is not positive.
     """
-    check_argument("num_samples", num_samples, num_samples >= 1, "at least 1")
+    num_samples = check_integer("jacobian_penalty", "num_samples", num_samples, 1)
     cell = resolve(cell)
     if detach:
         z = lax.stop_gradient(z)
@@ -121,7 +128,13 @@ def sometimes(
     **Returns:**
 
     The penalty, or zero.
+
+    **Raises:**
+
+    `ValueError` if the probability is not between 0 and 1.
     """
+    check_number("sometimes", "probability", probability, PROBABILITY)
+    check_part("sometimes", "penalty", penalty, FUNCTION)
     decide, key = jr.split(key)
     structure = jax.eval_shape(penalty, key)
     return lax.cond(
@@ -155,9 +168,12 @@ def growing_weight(
 
     **Raises:**
 
-    `ValueError` if `every` is not positive.
+    `ValueError` if `every` is not positive or `begin` is negative.
     """
-    check_argument("every", every, every >= 1, "at least 1")
+    check_number("growing_weight", "initial", initial, NUMBER)
+    check_number("growing_weight", "increment", increment, NUMBER)
+    every = check_integer("growing_weight", "every", every, 1)
+    begin = check_integer("growing_weight", "begin", begin, 0)
 
     def schedule(step: ScalarLike) -> Scalar:
         steps = jnp.asarray(step) - begin

@@ -9,7 +9,7 @@ import jax.random as jr
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from ._internal.checks import check_argument
+from ._internal.checks import check_integer
 from ._internal.convolution import fast_convolutions
 from ._internal.krylov import arnoldi
 from ._internal.manual import vary_like
@@ -60,7 +60,7 @@ def spectral_radius(
 
     `ValueError` if `num_steps` is not positive.
     """
-    check_argument("num_steps", num_steps, num_steps >= 1, "at least 1")
+    num_steps = check_integer("spectral_radius", "num_steps", num_steps, 1)
     product = _jacobian(cell, z, x)
     return _ritz_radius(product, z, key, num_steps)
 
@@ -93,7 +93,7 @@ def operator_norm(
 
     `ValueError` if `num_steps` is not positive.
     """
-    check_argument("num_steps", num_steps, num_steps >= 1, "at least 1")
+    num_steps = check_integer("operator_norm", "num_steps", num_steps, 1)
     product = _jacobian(cell, z, x)
     transpose = jax.linear_transpose(product, z)
 

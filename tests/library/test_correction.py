@@ -129,9 +129,3 @@ def test_correction_and_weights():
             lambda z, target: z - target, states, jnp.array(1.0), weights=weights
         )
         assert np.allclose(loss, expected)
-
-
-@pytest.mark.parametrize("at", (0, (), (3, 2), (0, 1)))
-def test_arguments_are_checked(at):
-    with pytest.raises(ValueError, match="`at`"):
-        sample_states(plain(), jnp.ones(1), at)

@@ -139,8 +139,3 @@ def test_nonfinite():
     assert trace.result == optx.RESULTS.nonfinite
     assert np.all(np.isfinite(trace.absolute[:5]))
     assert np.all(np.isnan(trace.absolute[-1]))
-
-
-def test_not_a_solver():
-    with pytest.raises(TypeError, match="solver"):
-        residual_trace(linear_map, dfx.Tsit5(), jnp.zeros(2), max_steps=3)

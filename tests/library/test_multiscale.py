@@ -79,26 +79,6 @@ def test_every_layer_has_a_key_of_its_own():
     )
 
 
-@pytest.mark.parametrize(
-    "name, main, mapping, post_fuse, shapes",
-    (
-        ("mapping_layers", MAIN, MAPPING[:1], None, SHAPES),
-        ("mapping_layers", MAIN, [row[:1] for row in MAPPING], None, SHAPES),
-        ("mapping_layers", MAIN[:1], MAPPING, None, SHAPES),
-        ("post_fuse_layers", MAIN, MAPPING, MAIN[1:], SHAPES),
-        ("state_shapes", MAIN, MAPPING, None, SHAPES[:1]),
-    ),
-)
-@pytest.mark.parametrize(
-    "kind", (MultiScaleDeepEquilibriumNetwork, SkipMultiScaleDeepEquilibriumNetwork)
-)
-def test_numbers_of_layers_that_do_not_match(
-    kind, name, main, mapping, post_fuse, shapes
-):
-    with pytest.raises(ValueError, match=f"`{name}`.*`main_layers`"):
-        kind(main, mapping, post_fuse, state_shapes=shapes)
-
-
 def test_state_has_the_precision_of_the_input():
     deq = MultiScaleDeepEquilibriumNetwork(MAIN, MAPPING, state_shapes=SHAPES)
     for dtype in (jnp.bfloat16, jnp.float32):

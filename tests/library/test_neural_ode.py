@@ -185,17 +185,6 @@ def test_results():
         eqx.filter_jit(explosion)(1e9 * x)
 
 
-def test_arguments():
-    cell = dense_cell()
-    for name, value in (("t1", -1.0), ("dt0", 0.0), ("max_steps", 0)):
-        with pytest.raises(ValueError, match=rf"NeuralODE\({name}=...\).*got {value}"):
-            NeuralODE(cell, **{name: value})
-    with pytest.raises(ValueError, match="`state_shapes`"):
-        MultiScaleNeuralODE([cell], [[eqx.nn.Identity()]], state_shapes=[])
-    with pytest.raises(ValueError, match="structure, shapes and dtypes of `z`"):
-        eqx.filter_eval_shape(NeuralODE(lambda z, x: z[:1]), make_vector(3))
-
-
 def test_normalised_weights():
     linear, x = eqx.nn.Linear(4, 4, key=jr.key(0)), make_vector(4)
     cell = SumCell(linear, eqx.nn.Identity())

@@ -81,20 +81,3 @@ def test_a_growing_weight_has_the_dtype_of_the_penalty():
     weight = growing_weight(2.0, 0.5, 10)(jnp.int32(25))
     for dtype in (jnp.bfloat16, jnp.float32):
         assert (weight * jnp.ones((), dtype)).dtype == dtype
-
-
-@pytest.mark.parametrize(
-    "name, call",
-    (
-        (
-            "num_samples",
-            lambda: jacobian_penalty(
-                lambda z, x: z, jnp.ones(2), None, key=jr.key(0), num_samples=0
-            ),
-        ),
-        ("every", lambda: growing_weight(1.0, 1.0, 0)),
-    ),
-)
-def test_arguments_are_checked(name, call):
-    with pytest.raises(ValueError, match=f"`{name}`.*at least 1; got 0"):
-        call()

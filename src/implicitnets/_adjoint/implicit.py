@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree
 
+from .._internal.checks import check_part, LINEAR_SOLVER
 from .._internal.pytree import tree_all_finite
 from .._internal.types import LinearSolution, Tags
 from .._internal.unvmap import unvmap_any
@@ -70,6 +71,10 @@ class ImplicitAdjoint(AbstractReportingAdjoint):
     linear_solver: lx.AbstractLinearSolver = GivensGMRES(rtol=1e-4, atol=0.0)
     fallback: lx.AbstractLinearSolver | None = None
     probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
+
+    def __check_init__(self):
+        check_part(self, "linear_solver", self.linear_solver, LINEAR_SOLVER)
+        check_part(self, "fallback", self.fallback, LINEAR_SOLVER, optional=True)
 
     def apply(
         self,

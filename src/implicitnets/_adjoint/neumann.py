@@ -4,6 +4,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, PyTree, ScalarLike
 
+from .._internal.checks import check_integer, check_number, FRACTION, integer
 from .._internal.types import Tags
 from .._linear_solver.neumann import NeumannSeries
 from .implicit import ImplicitAdjoint
@@ -43,15 +44,13 @@ class NeumannAdjoint(AbstractReportingAdjoint):
     - `probe`: keyword only; see [`implicitnets.AdjointReport`][].
     """
 
-    num_terms: int = 5
+    num_terms: int = integer(5)
     damping: ScalarLike = 0.0
     probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        self._series()
-
-    def _series(self) -> NeumannSeries:
-        return NeumannSeries(self.num_terms, self.damping)
+        check_integer(self, "num_terms", self.num_terms, 1)
+        check_number(self, "damping", self.damping, FRACTION)
 
     def apply(
         self,
@@ -60,5 +59,6 @@ class NeumannAdjoint(AbstractReportingAdjoint):
         inputs: PyTree,
         tags: Tags,
     ) -> tuple[PyTree[Array], Any]:
-        adjoint = ImplicitAdjoint(self._series(), probe=self.probe)
+        series = NeumannSeries(self.num_terms, self.damping)
+        adjoint = ImplicitAdjoint(series, probe=self.probe)
         return adjoint.apply(primal_fn, rewrite_fn, inputs, tags)

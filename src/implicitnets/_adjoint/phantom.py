@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree, ScalarLike
 
-from .._internal.checks import check_integer, check_number
+from .._internal.checks import check_integer, check_number, FRACTION, integer
 from .._internal.optimistix import run_solve
 from .._internal.pytree import working_dtype
 from .._internal.types import Tags
@@ -49,12 +49,12 @@ class PhantomAdjoint(optx.AbstractAdjoint):
         is `1 - damping`.
     """
 
-    num_steps: int = 5
+    num_steps: int = integer(5)
     damping: ScalarLike = 0.0
 
     def __check_init__(self):
-        check_integer(self, "num_steps", 1)
-        check_number(self, "damping", lambda x: 0 <= x < 1, "in the interval [0, 1)")
+        check_integer(self, "num_steps", self.num_steps, 1)
+        check_number(self, "damping", self.damping, FRACTION)
 
     def apply(
         self,

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
-from .._internal.checks import check_number
+from .._internal.checks import ADJOINT, check_number, check_part, NON_NEGATIVE
 from .._internal.loop import while_loop
 from .._internal.observe import observed
 from .._internal.optimistix import (
@@ -86,7 +86,8 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
     probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        check_number(self, "bound", lambda x: x >= 0, "non-negative")
+        check_part(self, "fallback", self.fallback, ADJOINT)
+        check_number(self, "bound", self.bound, NON_NEGATIVE)
 
     def apply(
         self,

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree
 
-from .._internal.checks import check_integer
+from .._internal.checks import check_integer, integer
 from .._internal.optimistix import solve_inputs, SolveOutputs
 from .._internal.types import LinearSolution, Tags
 from .._linear_solver.gmres import GivensGMRES
@@ -60,11 +60,11 @@ class ShineAdjoint(AbstractReportingAdjoint):
     [`implicitnets.Broyden`][].
     """
 
-    refinement_steps: int = 0
+    refinement_steps: int = integer(0)
     probe: AdjointReport | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        check_integer(self, "refinement_steps", 0)
+        check_integer(self, "refinement_steps", self.refinement_steps, 0)
 
     def apply(
         self,

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -31,6 +32,24 @@ class AbstractParametrisation(eqx.Module):
 
         An array. Parametrisations among its own fields are resolved before the call.
         """
+
+    def __jax_array__(self) -> Array:
+        raise _Unresolved(type(self).__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(jax.Array, name):
+            raise _Unresolved(type(self).__name__)
+        raise AttributeError(f"`{type(self).__name__}` has no attribute `{name}`.")
+
+
+# An `AttributeError` too, for those who ask with `hasattr` whether it is an array.
+class _Unresolved(TypeError, AttributeError):
+    def __init__(self, name: str):
+        super().__init__(
+            f"`{name}` stands for an array that is computed from others, and only an "
+            "equilibrium layer computes it by itself. Anywhere else, resolve the layer "
+            "that has it: `implicitnets.nn.resolve(layer)(x)`."
+        )
 
 
 def is_parametrisation(node: Any) -> bool:

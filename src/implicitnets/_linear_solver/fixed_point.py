@@ -1,13 +1,14 @@
 from collections.abc import Callable
 from typing import ClassVar
 
+import diffrax as dfx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._internal.checks import check_hyperparameter, check_integer
+from .._internal.checks import check_integer, check_part, integer, Part
 from .._internal.optimistix import run_solve
 from .._internal.types import LinearSolution, Options, Product, Tags
 from .matrix_free import AbstractMatrixFreeSolver
@@ -47,19 +48,11 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
     _options: ClassVar[tuple[str, ...]] = ("y0",)
 
     solver: optx.AbstractFixedPointSolver | optx.AbstractRootFinder
-    max_steps: int | None = 256
+    max_steps: int | None = integer(256)
 
     def __check_init__(self):
-        check_hyperparameter(
-            self,
-            "solver",
-            isinstance(
-                self.solver, optx.AbstractFixedPointSolver | optx.AbstractRootFinder
-            ),
-            "an Optimistix fixed-point solver or root finder",
-        )
-        if self.max_steps is not None:
-            check_integer(self, "max_steps", 1)
+        check_part(self, "solver", self.solver, _SOLVER)
+        check_integer(self, "max_steps", self.max_steps, 1, optional=True)
 
     def _solve(
         self, product: Product, vector: PyTree[Array], options: Options
@@ -81,6 +74,16 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         nonfinite = solution.result == optx.RESULTS.nonfinite
         value = jtu.tree_map(lambda x: jnp.where(nonfinite, jnp.nan, x), solution.value)
         return value, _as_linear_result(solution.result), stats
+
+
+_SOLVER = Part(
+    "an Optimistix fixed-point solver or root finder",
+    optx.AbstractFixedPointSolver | optx.AbstractRootFinder,
+    {
+        lx.AbstractLinearSolver: "`{name}` is a linear solver by itself.",
+        dfx.AbstractSolver: "`implicitnets.SteadyState({name}(...))` makes one of it.",
+    },
+)
 
 
 class _NoAdjoint(optx.AbstractAdjoint):

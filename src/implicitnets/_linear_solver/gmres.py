@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
-from .._internal.checks import check_integer, check_tolerances
+from .._internal.checks import check_integer, check_tolerances, integer
 from .._internal.history import (
     empty_history,
     history_combine,
@@ -85,14 +85,13 @@ class GivensGMRES(AbstractMatrixFreeSolver):
 
     rtol: ScalarLike
     atol: ScalarLike
-    max_steps: int | None = 500
-    restart: int = 20
+    max_steps: int | None = integer(500)
+    restart: int = integer(20)
 
     def __check_init__(self):
         check_tolerances(self)
-        if self.max_steps is not None:
-            check_integer(self, "max_steps", 1)
-        check_integer(self, "restart", 1)
+        check_integer(self, "max_steps", self.max_steps, 1, optional=True)
+        check_integer(self, "restart", self.restart, 1)
 
     def _solve(
         self, product: Product, vector: PyTree[Array], options: Options

@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, ScalarLike
 
-from .._internal.checks import check_integer, check_number
+from .._internal.checks import check_integer, check_number, FRACTION, integer
 from .._internal.pytree import working_dtype
 from .._internal.types import LinearSolution, Options, Product
 from .matrix_free import AbstractMatrixFreeSolver
@@ -44,12 +44,12 @@ class NeumannSeries(AbstractMatrixFreeSolver):
     # Its `num_steps` is the number of products with the operator.
     counts_products: ClassVar[bool] = True
 
-    num_terms: int = 5
+    num_terms: int = integer(5)
     damping: ScalarLike = 0.0
 
     def __check_init__(self):
-        check_integer(self, "num_terms", 1)
-        check_number(self, "damping", lambda x: 0 <= x < 1, "in the interval [0, 1)")
+        check_integer(self, "num_terms", self.num_terms, 1)
+        check_number(self, "damping", self.damping, FRACTION)
 
     def _solve(
         self, product: Product, vector: PyTree[Array], options: Options

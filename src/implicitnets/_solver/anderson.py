@@ -7,7 +7,14 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree, Scalar, ScalarLike
 
-from .._internal.checks import check_integer, check_number, check_tolerances
+from .._internal.checks import (
+    check_integer,
+    check_number,
+    check_stopping_rule,
+    integer,
+    POSITIVE,
+    Range,
+)
 from .._internal.history import empty_history, history_combine, history_dot, history_set
 from .._internal.loop import materialise, SolverState
 from .._internal.pytree import (
@@ -113,17 +120,18 @@ class AndersonAcceleration(
     rtol: ScalarLike
     atol: ScalarLike
     norm: Norm = optx.two_norm
-    history_size: int = 5
-    period: int = 3
+    history_size: int = integer(5)
+    period: int = integer(3)
     ridge: ScalarLike = 1e-7
     damping: ScalarLike = 0.0
 
     def __check_init__(self):
-        check_tolerances(self)
-        check_integer(self, "history_size", 1)
-        check_integer(self, "period", 1)
-        check_number(self, "ridge", lambda x: x > 0, "positive")
-        check_number(self, "damping", lambda x: -1 <= x < 1, "in the interval [-1, 1)")
+        check_stopping_rule(self)
+        check_integer(self, "history_size", self.history_size, 1)
+        check_integer(self, "period", self.period, 1)
+        check_number(self, "ridge", self.ridge, POSITIVE)
+        weight = Range("a number in the interval [-1, 1)", lambda x: -1 <= x < 1)
+        check_number(self, "damping", self.damping, weight)
 
     def _start(self, problem: Problem, y: Y) -> tuple[Progress, _History]:
         del problem

@@ -5,7 +5,12 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, Scalar, ScalarLike
 
-from .._internal.checks import check_hyperparameter, check_integer, check_tolerances
+from .._internal.checks import (
+    check_flag,
+    check_integer,
+    check_stopping_rule,
+    integer,
+)
 from .._internal.history import empty_history, history_combine, history_dot
 from .._internal.loop import SolverState, Unfrozen
 from .._internal.pytree import (
@@ -138,19 +143,17 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
     rtol: ScalarLike
     atol: ScalarLike
     norm: Norm = optx.two_norm
-    history_size: int = 10
+    history_size: int = integer(10)
     good_update: bool | None = None
     line_search: bool = True
-    patience: int = 150
+    patience: int = integer(150)
 
     def __check_init__(self):
-        check_tolerances(self)
-        check_integer(self, "history_size", 1)
-        check_integer(self, "patience", 1)
-        valid = self.good_update is None or isinstance(self.good_update, bool)
-        check_hyperparameter(self, "good_update", valid, "True, False or None")
-        valid = isinstance(self.line_search, bool)
-        check_hyperparameter(self, "line_search", valid, "True or False")
+        check_stopping_rule(self)
+        check_integer(self, "history_size", self.history_size, 1)
+        check_integer(self, "patience", self.patience, 1)
+        check_flag(self, "good_update", self.good_update, optional=True)
+        check_flag(self, "line_search", self.line_search)
 
     def _start(self, problem: Problem, y: Y) -> tuple[BroydenState, _Memory]:
         del problem

@@ -9,7 +9,13 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, Scalar, ScalarLike
 
-from .._internal.checks import check_hyperparameter, check_number, check_tolerances
+from .._internal.checks import (
+    check_number,
+    check_part,
+    check_stopping_rule,
+    LINEAR_SOLVER,
+    PROPER_FRACTION,
+)
 from .._internal.loop import SolverState
 from .._internal.pytree import (
     tree_all_finite,
@@ -103,14 +109,9 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     forcing: ScalarLike = 0.5
 
     def __check_init__(self):
-        check_tolerances(self)
-        check_hyperparameter(
-            self,
-            "linear_solver",
-            isinstance(self.linear_solver, lx.AbstractLinearSolver),
-            "a Lineax solver",
-        )
-        check_number(self, "forcing", lambda x: 0 < x < 1, "in the interval (0, 1)")
+        check_stopping_rule(self)
+        check_part(self, "linear_solver", self.linear_solver, LINEAR_SOLVER)
+        check_number(self, "forcing", self.forcing, PROPER_FRACTION)
 
     def _start(self, problem: Problem, y: Y) -> tuple[_Kept, _Free]:
         del problem

@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Scalar, ScalarLike
 
-from .._internal.checks import check_number, check_tolerances
+from .._internal.checks import check_number, check_stopping_rule, POSITIVE
 from .._internal.convolution import fast_convolutions
 from .._internal.loop import materialise, SolverState
 from .._internal.pytree import working_dtype
@@ -64,8 +64,8 @@ class PeacemanRachford(
     step_size: ScalarLike | None = None
 
     def __check_init__(self):
-        check_tolerances(self)
-        check_number(self, "step_size", lambda x: x > 0, "positive")
+        check_stopping_rule(self)
+        check_number(self, "step_size", self.step_size, POSITIVE, optional=True)
 
     def _start(self, problem: Problem, y: Y) -> tuple[Progress, _Iteration]:
         cell, x = cell_and_input(self, problem.args)

@@ -8,7 +8,14 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
-from .._internal.checks import check_number
+from .._internal.checks import (
+    check_number,
+    check_part,
+    FUNCTION,
+    POSITIVE,
+    PROPER_FRACTION,
+    Range,
+)
 from .._internal.types import RealScalarLike
 
 
@@ -71,9 +78,11 @@ class PseudoTransient(dfx.AbstractStepSizeController):
     norm: Callable[[PyTree[Array]], Scalar] = optx.two_norm
 
     def __check_init__(self):
-        check_number(self, "safety", lambda x: x > 0, "positive")
-        check_number(self, "factormin", lambda x: 0 < x < 1, "between 0 and 1")
-        check_number(self, "factormax", lambda x: x > 1, "larger than 1")
+        check_number(self, "safety", self.safety, POSITIVE)
+        check_number(self, "factormin", self.factormin, PROPER_FRACTION)
+        growth = Range("a number larger than 1", lambda x: x > 1)
+        check_number(self, "factormax", self.factormax, growth)
+        check_part(self, "norm", self.norm, FUNCTION)
 
     def wrap(self, direction: RealScalarLike) -> "PseudoTransient":
         del direction

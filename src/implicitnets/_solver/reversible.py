@@ -4,7 +4,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Int, ScalarLike
 
-from .._internal.checks import check_number, check_tolerances
+from .._internal.checks import check_number, check_stopping_rule, PROPER_FRACTION
 from .._internal.loop import SolverState
 from .._internal.pytree import tree_astype, tree_cast_like, working_dtype
 from .._internal.types import Answer, Aux, Norm, Verdict, Y
@@ -69,8 +69,8 @@ class ReversibleFixedPoint(
     damping: ScalarLike = 0.5
 
     def __check_init__(self):
-        check_tolerances(self)
-        check_number(self, "damping", lambda x: 0 < x < 1, "in the interval (0, 1)")
+        check_stopping_rule(self)
+        check_number(self, "damping", self.damping, PROPER_FRACTION)
 
     def _start(self, problem: Problem, y: Y) -> tuple[ReversibleState, Pair]:
         del problem

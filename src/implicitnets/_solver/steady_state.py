@@ -8,7 +8,15 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
-from .._internal.checks import check_hyperparameter, check_number, check_tolerances
+from .._internal.checks import (
+    check_number,
+    check_part,
+    check_stopping_rule,
+    NON_NEGATIVE,
+    Part,
+    POSITIVE,
+    STEP_SIZE_CONTROLLER,
+)
 from .._internal.loop import SolverState
 from .._internal.pytree import (
     tree_all_finite,
@@ -60,6 +68,16 @@ class _Attempt(NamedTuple):
     error: Y
     order: ScalarLike | None
     growth: Scalar  # of the residual norm
+
+
+_ODE_SOLVER = Part(
+    "a Diffrax solver of ordinary differential equations, such as `diffrax.Tsit5()`",
+    dfx.AbstractSolver,
+)
+_ADAPTIVE_SOLVER = Part(
+    "a Diffrax solver that estimates its error, such as `diffrax.Tsit5()`",
+    dfx.AbstractAdaptiveSolver,
+)
 
 
 class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
@@ -132,22 +150,18 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         self.dt0 = dt0
 
     def __check_init__(self):
-        check_tolerances(self)
-        check_number(self, "dt0", lambda x: x > 0, "positive")
+        check_stopping_rule(self)
+        check_number(self, "dt0", self.dt0, POSITIVE)
+        check_part(self, "ode_solver", self.ode_solver, _ODE_SOLVER)
         structure = getattr(self.ode_solver, "term_structure", None)
         structure = get_origin(structure) or structure
-        check_hyperparameter(
-            self,
-            "ode_solver",
-            isinstance(structure, type) and issubclass(dfx.ODETerm, structure),
-            "a Diffrax solver for a single `ODETerm`",
-        )
-        check_hyperparameter(
-            self,
-            "stepsize_controller",
-            isinstance(self.stepsize_controller, dfx.AbstractStepSizeController),
-            "a Diffrax step-size controller",
-        )
+        if not (isinstance(structure, type) and issubclass(dfx.ODETerm, structure)):
+            raise TypeError(
+                "`SteadyState(ode_solver=...)` must be a Diffrax solver for a single "
+                f"`ODETerm`; got {self.ode_solver!r}."
+            )
+        controller = self.stepsize_controller
+        check_part(self, "stepsize_controller", controller, STEP_SIZE_CONTROLLER)
 
     @classmethod
     def with_pid_controller(
@@ -174,6 +188,10 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
 
         The solver.
         """
+        name = "SteadyState.with_pid_controller"
+        check_part(name, "ode_solver", ode_solver, _ADAPTIVE_SOLVER)
+        check_number(name, "rtol", rtol, NON_NEGATIVE)
+        check_number(name, "atol", atol, NON_NEGATIVE)
         controller = dfx.PIDController(
             rtol=0.1 * rtol, atol=0.1 * max(atol, 0.01 * rtol)
         )

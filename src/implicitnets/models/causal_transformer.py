@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
-from .._internal.checks import check_argument, check_hyperparameter
+from .._internal.checks import check_number, check_value, FRACTION
 from .._solver.broyden import Broyden
 from ..nn import VariationalDropout
+from ._config import check_sizes
 from ._model import AbstractModel
 
 
@@ -39,11 +40,12 @@ class CausalTransformerConfig:
     """The probability with which entries are dropped."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "length", "width", "num_heads"):
-            check_hyperparameter(self, name, getattr(self, name) >= 1, "at least 1")
-        check_hyperparameter(
+        check_sizes(self, "vocab_size", "length", "width", "num_heads")
+        check_number(self, "dropout", self.dropout, FRACTION)
+        check_value(
             self,
             "num_heads",
+            self.num_heads,
             self.width % self.num_heads == 0,
             f"a divisor of the width {self.width}",
         )
@@ -144,7 +146,9 @@ class CausalTransformerDEQ(AbstractModel):
         self, x: Int[Array, " position"], state: eqx.nn.State
     ) -> tuple[Float[Array, "position width"], eqx.nn.State]:
         length, longest = len(x), len(self.positions)
-        check_argument("x", length, length <= longest, f"at most {longest} tokens long")
+        check_value(
+            self, "x", length, length <= longest, f"at most {longest} tokens long"
+        )
         return jax.vmap(self.embedding)(x) + self.positions[:length], state
 
     def read_out(

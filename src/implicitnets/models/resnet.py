@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
+from .._internal.checks import check_value
 from .._solver.anderson import AndersonAcceleration
+from ._config import check_sizes, check_tuple
 from ._layers import batch_norm, conv, draw_convolutions
 from ._model import AbstractModel
 
@@ -25,6 +27,10 @@ class ResNetConfig:
     """The sizes of a [`implicitnets.models.ResNetDEQ`][].
 
     The defaults are those of the notebook on CIFAR-10: 64,842 parameters.
+
+    **Raises:**
+
+    `ValueError` for sizes that are not positive integers, or do not go together.
     """
 
     image_shape: tuple[int, int, int] = (3, 32, 32)
@@ -39,6 +45,19 @@ class ResNetConfig:
     """How far apart the windows of 8 x 8 pixels are whose means the head sees."""
     num_classes: int = 10
     """The number of logits."""
+
+    def __post_init__(self):
+        check_tuple(self, "image_shape", "three positive integers", 3)
+        check_sizes(self, "channels", "inner_channels", "groups")
+        check_sizes(self, "pool_stride", "num_classes")
+        channels = self.channels, self.inner_channels
+        check_value(
+            self,
+            "groups",
+            self.groups,
+            all(number % self.groups == 0 for number in channels),
+            "a divisor of the channels {} and {}".format(*channels),
+        )
 
     @classmethod
     def jaxopt(

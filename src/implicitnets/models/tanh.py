@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from .._solver.anderson import AndersonAcceleration
+from ._config import check_sizes, check_tuple
 from ._model import AbstractModel
 
 
@@ -19,6 +20,10 @@ class TanhConfig:
     """The sizes of a [`implicitnets.models.TanhDEQ`][].
 
     The defaults are those of the notebook: 89,510 parameters.
+
+    **Raises:**
+
+    `ValueError` for sizes that are not positive integers.
     """
 
     image_shape: tuple[int, ...] = (1, 28, 28)
@@ -27,6 +32,10 @@ class TanhConfig:
     """How wide the state is."""
     num_classes: int = 10
     """The number of logits."""
+
+    def __post_init__(self):
+        check_tuple(self, "image_shape", "positive integers")
+        check_sizes(self, "width", "num_classes")
 
 
 class TanhCell(eqx.Module):

@@ -1,13 +1,24 @@
-from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, ScalarLike
 
-from .._internal.checks import check_number
+from .._internal.checks import (
+    as_integer,
+    check_flag,
+    check_number,
+    check_value,
+    FRACTION,
+)
 from .._internal.pytree import working_dtype
+
+
+def _as_axes(axes: Any) -> tuple:
+    return tuple(map(as_integer, axes if np.ndim(axes) == 1 else (axes,)))
 
 
 class VariationalDropout(eqx.Module):
@@ -40,11 +51,17 @@ class VariationalDropout(eqx.Module):
     """
 
     p: ScalarLike
-    shared_axes: int | Sequence[int] = eqx.field(default=(), static=True)
+    shared_axes: tuple[int, ...] = eqx.field(
+        default=(), static=True, converter=_as_axes
+    )
     inference: bool = False
 
     def __check_init__(self):
-        check_number(self, "p", lambda x: 0 <= x < 1, "in the interval [0, 1)")
+        check_number(self, "p", self.p, FRACTION)
+        axes = self.shared_axes
+        valid = all(type(axis) is int for axis in axes)
+        check_value(self, "shared_axes", axes, valid, "an integer or some integers")
+        check_flag(self, "inference", self.inference)
 
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """Drop entries of an array.
@@ -75,9 +92,7 @@ class VariationalDropout(eqx.Module):
         return jnp.where(mask, x / keep.astype(x.dtype), 0)
 
     def _mask_shape(self, x: Array) -> tuple[int, ...]:
-        axes = self.shared_axes
-        axes = (axes,) if isinstance(axes, int) else axes
         shape = list(x.shape)
-        for axis in axes:
+        for axis in self.shared_axes:
             shape[axis] = 1
         return tuple(shape)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
-from .._internal.checks import check_number
+from .._internal.checks import check_number, POSITIVE
 from .._internal.parametrise import (
     AbstractParametrisation,
     Filter,
@@ -47,7 +47,7 @@ class InfinityNorm(AbstractParametrisation):
     bound: ScalarLike = 1.0
 
     def __check_init__(self):
-        check_number(self, "bound", lambda x: x > 0, "positive")
+        check_number(self, "bound", self.bound, POSITIVE)
 
     def value(self) -> Array:
         """As [`implicitnets.nn.AbstractParametrisation`][]."""

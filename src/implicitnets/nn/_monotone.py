@@ -11,7 +11,14 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Complex, Float, PRNGKeyArray, Scalar, ScalarLike
 
-from .._internal.checks import check_argument
+from .._internal.checks import (
+    as_integer,
+    check_flag,
+    check_integer,
+    check_number,
+    check_value,
+    POSITIVE,
+)
 from .._internal.parametrise import AbstractParametrisation, resolve
 from .._internal.pytree import working_dtype
 from .._linear_solver.gmres import GivensGMRES
@@ -85,7 +92,7 @@ class MonotoneCell(AbstractMonotoneCell):
 
     **Raises:**
 
-    `ValueError` if the margin is not positive.
+    `ValueError` if the margin or a size is not positive.
     """
 
     weight: Array | AbstractParametrisation
@@ -101,7 +108,9 @@ class MonotoneCell(AbstractMonotoneCell):
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
-        _check_margin(margin)
+        in_size = check_integer(self, "in_size", in_size, 1)
+        size = check_integer(self, "size", size, 1)
+        check_number(self, "margin", margin, POSITIVE)
         dtype = jnp.result_type(float) if dtype is None else dtype
         a_key, b_key, injection_key = jr.split(key, 3)
         self.weight = _MonotoneMatrix(
@@ -162,7 +171,7 @@ class MonotoneConvCell(AbstractMonotoneCell):
 
     **Raises:**
 
-    `ValueError` if the margin is not positive or a kernel size is not odd.
+    `ValueError` if the margin or a size is not positive, or a kernel size is not odd.
     """
 
     weight: Array | AbstractParametrisation
@@ -182,11 +191,22 @@ class MonotoneConvCell(AbstractMonotoneCell):
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
-        _check_margin(margin)
-        if isinstance(kernel_size, int):
-            kernel_size = (kernel_size,) * num_spatial_dims
-        is_odd = all(size % 2 == 1 for size in kernel_size)
-        check_argument("kernel_size", kernel_size, is_odd, "odd")
+        num_spatial_dims = check_integer(self, "num_spatial_dims", num_spatial_dims, 1)
+        in_channels = check_integer(self, "in_channels", in_channels, 1)
+        channels = check_integer(self, "channels", channels, 1)
+        sizes: Any = kernel_size
+        sizes = (sizes,) * num_spatial_dims if np.ndim(sizes) == 0 else sizes
+        kernel_size = tuple(map(as_integer, sizes))
+        is_odd = all(type(size) is int and size % 2 == 1 for size in kernel_size)
+        check_value(
+            self,
+            "kernel_size",
+            kernel_size,
+            is_odd and len(kernel_size) == num_spatial_dims and min(kernel_size) > 0,
+            f"odd and positive, for each of the {num_spatial_dims} dimensions",
+        )
+        check_flag(self, "periodic", periodic)
+        check_number(self, "margin", margin, POSITIVE)
         dtype = jnp.result_type(float) if dtype is None else dtype
         a_key, b_key, injection_key = jr.split(key, 3)
         shape = (channels, channels, *kernel_size)
@@ -306,7 +326,3 @@ def _scale(factor: ScalarLike, z: Array) -> Array:
 def _uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
     limit = 1 / math.sqrt(math.prod(shape[1:]))
     return jr.uniform(key, shape, dtype, -limit, limit)
-
-
-def _check_margin(margin: float) -> None:
-    check_argument("margin", margin, margin > 0, "positive")

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Scalar, ScalarLike
 
-from .._internal.checks import check_integer, check_number
+from .._internal.checks import (
+    check_integer,
+    check_number,
+    check_part,
+    FUNCTION,
+    integer,
+    POSITIVE,
+)
 from .._internal.convolution import fast_convolutions
 from .._internal.krylov import leading_eigenvector, starting_vector
 from .._internal.parametrise import (
@@ -53,13 +60,14 @@ class SpectralNorm(AbstractParametrisation):
 
     weight: Array | AbstractParametrisation
     bound: ScalarLike = 1.0
-    num_steps: int = eqx.field(default=20, static=True)
+    num_steps: int = integer(20, static=True)
     operator: Callable[[Array, Array], Array] = jnp.matmul
     in_shape: tuple[int, ...] | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
-        check_number(self, "bound", lambda x: x > 0, "positive")
-        check_integer(self, "num_steps", 1)
+        check_number(self, "bound", self.bound, POSITIVE)
+        check_integer(self, "num_steps", self.num_steps, 1)
+        check_part(self, "operator", self.operator, FUNCTION)
 
     def value(self) -> Array:
         """As [`implicitnets.nn.AbstractParametrisation`][]."""

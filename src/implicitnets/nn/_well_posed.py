@@ -6,7 +6,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._internal.checks import check_argument
+from .._internal.checks import (
+    check_integer,
+    check_number,
+    check_part,
+    FUNCTION,
+    PROPER_FRACTION,
+)
 from .._internal.parametrise import AbstractParametrisation, resolve
 from ._infinity_norm import InfinityNorm
 
@@ -34,7 +40,8 @@ class WellPosedCell(eqx.Module):
 
     **Raises:**
 
-    `ValueError` if the bound is not in the interval (0, 1).
+    `ValueError` if the bound is not in the interval (0, 1) or a size is not positive;
+    `TypeError` if the activation is not a function.
     """
 
     weight: Array | AbstractParametrisation
@@ -51,7 +58,10 @@ class WellPosedCell(eqx.Module):
         dtype: type | jnp.dtype | None = None,
         key: PRNGKeyArray,
     ):
-        check_argument("bound", bound, 0 < bound < 1, "in the interval (0, 1)")
+        in_size = check_integer(self, "in_size", in_size, 1)
+        size = check_integer(self, "size", size, 1)
+        check_number(self, "bound", bound, PROPER_FRACTION)
+        check_part(self, "activation", activation, FUNCTION)
         dtype = jnp.result_type(float) if dtype is None else dtype
         weight_key, injection_key = jr.split(key)
         weight = jr.normal(weight_key, (size, size), dtype) / size

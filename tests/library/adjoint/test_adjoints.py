@@ -447,18 +447,3 @@ def test_layers_in_layers_in_losses(adjoint, nested_values):
         jnp.sum(grad_x * direction), along, rtol=tolerance(2e-3, 1e-7), atol=1e-6
     )
     assert jnp.all(grad_weight != 0)
-
-
-@pytest.mark.parametrize(
-    "make, match",
-    (
-        (lambda: inn.PhantomAdjoint(0), "num_steps.*0"),
-        (lambda: inn.PhantomAdjoint(2, 1.0), "damping.*1.0"),
-        (lambda: inn.NeumannAdjoint(0), "num_terms.*0"),
-        (lambda: inn.NeumannAdjoint(2, -0.5), "damping.*-0.5"),
-        (lambda: inn.ShineAdjoint(-1), "refinement_steps.*-1"),
-    ),
-)
-def test_hyperparameters_are_checked(make, match):
-    with pytest.raises(ValueError, match=match):
-        make()

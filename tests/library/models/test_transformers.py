@@ -49,29 +49,11 @@ def test_causal_transformer():
     assert losses[-1] < 0.1
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("width", 7),
-        ("width", 14),  # of which a sixteenth is nothing
-        ("cutoffs", (12, 6)),
-        ("cutoffs", (6, 20)),
-        ("local_size", 0),
-        ("memory_length", -1),
-    ],
-)
-def test_sizes_of_the_transformer_are_checked(name, value):
-    with pytest.raises(ValueError, match=rf"TransformerConfig\({name}=...\)` must be"):
-        dataclasses.replace(TINY_TRANSFORMER, **{name: value})
-
-
-def test_sizes_of_the_causal_transformer_are_checked():
-    with pytest.raises(ValueError, match="num_heads.* a divisor of the width 32"):
-        CausalTransformerConfig(width=32, num_heads=5)
+def test_length_of_the_causal_transformer_is_checked():
     config = CausalTransformerConfig(5, length=3, width=4, num_heads=2)
     make = eqx.nn.make_with_state(CausalTransformerDEQ)
     model, state = eqx.filter_eval_shape(make, config, key=jr.key(0))
-    with pytest.raises(ValueError, match="`x` must be at most 3 tokens long; got 4"):
+    with pytest.raises(ValueError, match="at most 3 tokens long; got 4"):
         eqx.filter_eval_shape(model, jnp.zeros(4, int), state)
 
 

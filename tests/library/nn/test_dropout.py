@@ -66,12 +66,6 @@ def test_traced_probability_does_not_recompile():
     assert num_traces == 1
 
 
-@pytest.mark.parametrize("p", (-0.1, 1.0))
-def test_probability_is_checked(p):
-    with pytest.raises(ValueError, match=rf"p=.*{p}"):
-        nn.VariationalDropout(p)
-
-
 class DropoutCell(eqx.Module):
     weight: jax.Array
     dropout: nn.VariationalDropout

@@ -306,20 +306,6 @@ def test_other_cells_are_an_error(solver):
         optx.fixed_point(lambda z, _: z, SOLVERS[solver](1e-3, 0.0), jnp.zeros(2))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("field, value", (("rtol", -1.0), ("step_size", 0.0)))
-def test_hyperparameters_are_checked(solver, field, value):
-    with pytest.raises(ValueError, match=rf"{field}=.*{value}"):
-        SOLVERS[solver](**{"rtol": 1e-3, "atol": 1e-3, field: value})
-
-
-def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="margin.*-0.5"):
-        nn.MonotoneCell(2, 6, margin=-0.5, key=jr.key(0))
-    with pytest.raises(ValueError, match="kernel_size.*odd"):
-        nn.MonotoneConvCell(2, 2, 3, (3, 4), key=jr.key(0))
-
-
 def test_parameters_are_the_factors():
     cell = make_cell("dense")
     arrays = eqx.filter(cell, eqx.is_inexact_array)

@@ -206,21 +206,6 @@ def test_filter():
     assert chosen(lambda path, layer: True) == [hidden, inject, norm, last]
 
 
-def test_what_cannot_be_normalised():
-    with pytest.raises(ValueError, match="no layer"):
-        nn.weight_norm(sum_cell(), filter=eqx.nn.Conv)
-    with pytest.raises(ValueError, match="spatial_shape.*2; got None"):
-        nn.spectral_norm(conv())
-    with pytest.raises(TypeError, match="LayerNorm"):
-        nn.spectral_norm(eqx.nn.LayerNorm((2, 2)), filter=eqx.nn.LayerNorm)
-    with pytest.raises(ValueError, match="bound=.*-1.0"):
-        nn.spectral_norm(sum_cell(), bound=-1.0)
-    with pytest.raises(ValueError, match="bound=.*0.0"):
-        nn.infinity_norm(sum_cell(), bound=0.0)
-    with pytest.raises(ValueError, match="num_steps=.*0"):
-        nn.spectral_norm(sum_cell(), num_steps=0)
-
-
 @pytest.mark.parametrize("name", NORMALISATIONS)
 def test_copy_serialise_and_average(name):
     normalised = NORMALISATIONS[name](sum_cell())

@@ -3,7 +3,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optimistix as optx
-import pytest
 
 import implicitnets as inn
 from implicitnets import nn
@@ -32,8 +31,3 @@ def test_contraction():
     x, z, w = make_vector(3), make_vector(8), make_vector(8, seed=5)
     distance = jnp.max(jnp.abs(cell(z, x) - cell(w, x)))
     assert distance <= 0.7 * jnp.max(jnp.abs(z - w)) * (1 + 1e-5)
-
-
-def test_bound_is_checked():
-    with pytest.raises(ValueError, match=r"bound.*1\.0"):
-        nn.WellPosedCell(3, 8, bound=1.0, key=jr.key(0))

@@ -255,22 +255,6 @@ def test_small_systems_agree_with_lapack():
     assert relative_error(x, np.linalg.solve(matrix, vector)) < tolerance(1e-2, 1e-9)
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    (
-        ("rtol", -1.0),
-        ("atol", -1.0),
-        ("history_size", 0),
-        ("period", 0),
-        ("ridge", 0.0),
-        ("damping", 1.0),
-    ),
-)
-def test_hyperparameters_are_checked(field, value):
-    with pytest.raises(ValueError, match=rf"{field}=.*{value}"):
-        inn.AndersonAcceleration(**{"rtol": 1e-3, "atol": 1e-3, field: value})
-
-
 def test_filter_jit_takes_the_solver_as_an_argument():
     run = eqx.filter_jit(
         lambda s: solve(lambda z, _: 0.5 * z + 1, s, jnp.zeros(2)).value

@@ -423,22 +423,6 @@ def test_auxiliary_output():
     assert sol.stats["nfe"] == sol.stats["num_steps"] + 2
 
 
-@pytest.mark.parametrize(
-    "make, message",
-    (
-        (lambda: inn.SteadyState(dfx.KenCarp3()), "`SteadyState\\(ode_solver=...\\)`"),
-        (lambda: inn.SteadyState(dfx.Tsit5(), rtol=-1.0), "non-negative; got -1.0"),
-        (lambda: inn.SteadyState(dfx.Tsit5(), dt0=0.0), "positive; got 0.0"),
-        (lambda: PseudoTransient(safety=0.0), "positive; got 0.0"),
-        (lambda: PseudoTransient(factormin=1.0), "between 0 and 1; got 1.0"),
-        (lambda: PseudoTransient(factormax=1.0), "larger than 1; got 1.0"),
-    ),
-)
-def test_hyperparameters_are_checked(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 def test_pseudo_transient_needs_an_error_estimate():
     with pytest.raises(ValueError, match="estimates its error"):
         dfx.diffeqsolve(

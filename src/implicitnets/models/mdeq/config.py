@@ -1,7 +1,7 @@
 import dataclasses
-import functools as ft
 
-from ..._internal.checks import check_hyperparameter
+from ..._internal.checks import check_flag, check_number, check_value, FRACTION
+from .._config import check_sizes, check_tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +41,25 @@ class MDEQConfig:
     """How many channels an image has."""
 
     def __post_init__(self):
-        check = ft.partial(check_hyperparameter, self)
-        positive = min(self.channels, default=0) >= 1
-        check("channels", positive, "positive, one for each of some scales")
-        check(
-            "head_channels",
-            len(self.head_channels) == len(self.channels)
-            and min(self.head_channels) >= 1,
-            f"positive, one for each of the {len(self.channels)} scales",
-        )
-        for name in ("final_channels", "num_classes", "expansion", "in_channels"):
-            check(name, getattr(self, name) >= 1, "at least 1")
-        check("num_downsamples", self.num_downsamples >= 0, "at least 0")
-        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
-        check("kernel_size", odd, "odd and positive")
+        num_scales = check_tuple(self, "channels", "positive integers, at least one")
+        some = num_scales > 0
+        check_value(self, "channels", self.channels, some, "positive, at least one")
+        head = f"positive integers, one for each of the {num_scales} scales"
+        check_tuple(self, "head_channels", head, num_scales)
+        check_sizes(self, "final_channels", "num_classes", "expansion", "in_channels")
+        check_sizes(self, "kernel_size", "groups")
+        check_sizes(self, "num_downsamples", least=0)
+        check_number(self, "dropout", self.dropout, FRACTION)
+        check_flag(self, "normalise_weights", self.normalise_weights)
+        check_flag(self, "post_fuse_affine", self.post_fuse_affine)
+        odd = self.kernel_size % 2 == 1
+        check_value(self, "kernel_size", self.kernel_size, odd, "odd and positive")
         # Behind the fusion there are half as many groups.
         groups = [self.groups] + [self.groups // 2] * (len(self.channels) > 1)
-        check(
+        check_value(
+            self,
             "groups",
+            self.groups,
             min(groups) >= 1
             and all(channels % n == 0 for channels in self.channels for n in groups),
             f"a divisor of all of the channels {self.channels}, and so must half of it "

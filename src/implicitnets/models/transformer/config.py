@@ -1,8 +1,8 @@
 import dataclasses
-import functools as ft
 import itertools
 
-from ..._internal.checks import check_hyperparameter
+from ..._internal.checks import check_flag, check_number, check_value, FRACTION
+from .._config import check_sizes, check_tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,27 +42,30 @@ class TransformerConfig:
     """Whether the cell has weight normalisation."""
 
     def __post_init__(self):
-        check = ft.partial(check_hyperparameter, self)
-        for name in (
-            "vocab_size",
-            "num_heads",
-            "head_width",
-            "inner_width",
-            "local_size",
-        ):
-            check(name, getattr(self, name) >= 1, "at least 1")
-        check("memory_length", self.memory_length >= 0, "at least 0")
+        check_sizes(self, "vocab_size", "width", "num_heads", "head_width")
+        check_sizes(self, "inner_width", "local_size")
+        check_sizes(self, "memory_length", least=0)
+        for name in ("dropout", "attention_dropout"):
+            check_number(self, name, getattr(self, name), FRACTION)
+        for name in ("pre_norm", "normalise_weights"):
+            check_flag(self, name, getattr(self, name))
+        increasing = f"positive, increasing and below the {self.vocab_size} tokens"
+        check_tuple(self, "cutoffs", increasing)
         ends = (0, *self.cutoffs, self.vocab_size)
-        check(
+        check_value(
+            self,
             "cutoffs",
+            self.cutoffs,
             all(a < b for a, b in itertools.pairwise(ends)),
-            f"positive, increasing and below the vocabulary's size {self.vocab_size}",
+            increasing,
         )
         # The embedding of a distance is as many sines as cosines; the last cluster's
         # embeddings have at least one feature.
         narrowest = 4 ** len(self.cutoffs)
-        check(
+        check_value(
+            self,
             "width",
+            self.width,
             self.width % 2 == 0 and self.width >= max(2, narrowest),
             f"even, and at least {max(2, narrowest)}",
         )
