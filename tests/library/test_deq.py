@@ -596,3 +596,16 @@ def test_a_python_number_has_no_dtype_of_its_own(number):
         lambda deq: deq.init, start, lambda x: number, is_leaf=lambda x: x is None
     )
     assert start(x, z0=number).dtype == init(x).dtype == jnp.float32
+
+
+@pytest.mark.one_precision
+@pytest.mark.parametrize(
+    "solver",
+    (SOLVERS["anderson"], inn.NewtonKrylov(TOL, TOL)),
+    ids=("anderson", "newton"),
+)
+def test_nothing_leaks(solver):
+    deq = inn.DeepEquilibriumNetwork(dense_cell(), solver)
+    with jax.checking_leaks():
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(deq(x))))(make_vector(4))
+    assert jnp.all(jnp.isfinite(gradient))

@@ -22,22 +22,26 @@ def is_manual() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def varying_axes(*trees: Any) -> frozenset[str]:
+    """The axes over which any array, or structure, of some pytrees varies."""
+    return frozenset().union(*(_axes(x) for x in jtu.tree_leaves(trees)))
+
+
+def vary_over(tree: _Out, axes: frozenset[str]) -> _Out:
+    """The same pytree, whose arrays vary over some axes, too."""
+
+    def vary(x):
+        missing = axes - _axes(x)
+        if not missing or not eqx.is_array(x):
+            return x
+        return lax.pcast(x, tuple(missing), to="varying")
+
+    return jtu.tree_map(vary, tree)
+
+
 def vary_like(tree: _Out, *others: Any) -> _Out:
-    """Arrays that vary over all the axes over which some others do, too.
-
-    **Arguments:**
-
-    - `tree`: a pytree. What is no array in it stays as it is.
-    - `others`: pytrees of arrays or of their structures.
-
-    **Returns:**
-
-    The same arrays.
-    """
-    if not is_manual():
-        return tree
-    axes = frozenset().union(*(_axes(x) for x in jtu.tree_leaves(others)))
-    return jtu.tree_map(lambda x: _vary(x, axes), tree)
+    """The same pytree, whose arrays vary over the axes over which some others do."""
+    return vary_over(tree, varying_axes(others)) if is_manual() else tree
 
 
 def vary_as_next(body_fun: Callable[[_Carry], _Carry], init_val: _Carry) -> _Carry:
@@ -54,7 +58,9 @@ def vary_as_next(body_fun: Callable[[_Carry], _Carry], init_val: _Carry) -> _Car
     while is_manual():
         next_val = jax.eval_shape(body_fun, init_val)
         old = jtu.tree_map(_axes, init_val)
-        init_val = jtu.tree_map(lambda x, new: _vary(x, _axes(new)), init_val, next_val)
+        init_val = jtu.tree_map(
+            lambda x, new: vary_over(x, _axes(new)), init_val, next_val
+        )
         if jtu.tree_map(_axes, init_val) == old:
             break
     return init_val
@@ -65,10 +71,3 @@ def _axes(x: Any) -> frozenset[str]:
         x = jax.typeof(x)
     kind = getattr(x, "manual_axis_type", None)
     return frozenset() if kind is None else kind.varying
-
-
-def _vary(x: Any, axes: frozenset[str]) -> Any:
-    missing = axes - _axes(x)
-    if not missing or not eqx.is_array(x):
-        return x
-    return lax.pcast(x, tuple(missing), to="varying")

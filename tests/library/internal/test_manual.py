@@ -104,7 +104,28 @@ def test_parts_of_other_libraries(name):
 
 
 @pytest.mark.one_precision
-@pytest.mark.parametrize("name", ["anderson", "newton_krylov"])
+@pytest.mark.parametrize("linear_solver", (inn.GivensGMRES(1e-5, 0.0), lx.QR()))
+def test_state_of_several_leaves(linear_solver):
+    def cell(z, x):
+        return {"a": jnp.tanh(0.5 * z["b"] + x), "b": jnp.sin(0.4 * z["a"]) + x[::-1]}
+
+    deq = inn.DeepEquilibriumNetwork(
+        cell,
+        ANDERSON,
+        zero_state=lambda x: {"a": 0 * x, "b": 0 * x},
+        adjoint=inn.ImplicitAdjoint(linear_solver),
+    )
+
+    def gradient(xs):
+        return jax.grad(lambda xs: jnp.sum(jax.vmap(deq)(xs)["b"] ** 2))(xs)
+
+    xs = jr.normal(jr.key(0), (2, 3))
+    found = on_devices(gradient, out_specs=P("devices"))(xs)
+    assert eqx.tree_equal(found, jax.jit(gradient)(xs), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.one_precision
+@pytest.mark.parametrize("name", ["newton_krylov"])
 def test_forward_mode(name):
     deq = inn.DeepEquilibriumNetwork(dense_cell(), SOLVERS[name], adjoint=EXACT)
 

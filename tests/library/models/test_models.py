@@ -27,6 +27,7 @@ from ..helpers import tolerance
 from ..training import cross_entropy, fit, num_parameters, over_batch
 
 
+ONCE = pytest.mark.one_precision
 TINY_TANH = TanhConfig(image_shape=(1, 2, 3), width=4, num_classes=3)
 TINY_RESNET = ResNetConfig(
     image_shape=(1, 8, 8), channels=4, inner_channels=4, groups=2, num_classes=3
@@ -160,9 +161,10 @@ def test_forward_pass_at_a_published_size():
     "make, config, image_shape, fixed_depth",
     (
         (TanhDEQ, TINY_TANH, (1, 2, 3), 0),
-        (ResNetDEQ, TINY_RESNET, (1, 8, 8), 0),
-        (MDEQ, TINY_MDEQ, (1, 4, 4), 0),
-        (MDEQSegmenter, TINY_MDEQ, (1, 4, 4), 2),
+        # Without XLA's optimisations, convolutions in float64 take a minute.
+        pytest.param(ResNetDEQ, TINY_RESNET, (1, 8, 8), 0, marks=ONCE),
+        pytest.param(MDEQ, TINY_MDEQ, (1, 4, 4), 0, marks=ONCE),
+        pytest.param(MDEQSegmenter, TINY_MDEQ, (1, 4, 4), 2, marks=ONCE),
     ),
 )
 def test_image_models(make, config, image_shape, fixed_depth):
