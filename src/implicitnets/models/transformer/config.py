@@ -49,7 +49,9 @@ class TransformerConfig:
             check_number(self, name, getattr(self, name), FRACTION)
         for name in ("pre_norm", "normalise_weights"):
             check_flag(self, name, getattr(self, name))
-        increasing = f"positive, increasing and below the {self.vocab_size} tokens"
+        increasing = (
+            f"positive, increasing and below the vocabulary's size {self.vocab_size}"
+        )
         check_tuple(self, "cutoffs", increasing)
         ends = (0, *self.cutoffs, self.vocab_size)
         check_value(
