@@ -173,7 +173,8 @@ def training(
         points = [(r[against], r[name]) for r in records if name in r and against in r]
         axes.plot(*np.asarray(points, float).reshape(-1, 2).T, label=name)
     axes.set(xlabel=against)
-    axes.legend()
+    if names:
+        axes.legend()
     return axes
 
 
