@@ -15,9 +15,6 @@ import implicitnets as inn
 from ..helpers import dense_cell, tolerance
 
 
-# Devices whose examples take different numbers of steps must not wait for each other
-# within a loop: `tests/conftest.py` makes two.
-MESH = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
 TOLERANCES = tolerance(1e-5, 1e-9), 0.0
 
 ANDERSON = inn.AndersonAcceleration(*TOLERANCES)
@@ -63,7 +60,10 @@ UPSTREAM = {
 
 def on_devices(fn, *, replicated=(), **kwargs):
     specs = (*(P() for _ in replicated), P("devices"))
-    sharded = jax.shard_map(fn, mesh=MESH, in_specs=specs, **kwargs)
+    # Devices whose examples take different numbers of steps must not wait for each
+    # other within a loop: `tests/conftest.py` makes two.
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(fn, mesh=mesh, in_specs=specs, **kwargs)
     return jax.jit(lambda xs: sharded(*replicated, xs))
 
 
