@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from ._adjoint.detach import detach
 from ._adjoint.implicit import ImplicitAdjoint
-from ._adjoint.report import AdjointReport, with_probe
+from ._adjoint.report import AdjointReport, PROBE, with_probe
 from ._cell import (
     call_cell,
     cell_residual,
@@ -189,7 +189,8 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
 
         `ValueError` when tracing, if the cell does not map the state's structure,
         shapes and dtypes to themselves or if the state is not real floating point;
-        `TypeError` when tracing, for a `probe` with an adjoint that does not report;
+        `TypeError` when tracing, for a `probe` that is no report or goes to an adjoint
+        that does not report;
         `RuntimeError` when running, with `throw=True`, if the solve was not successful.
         """
         if not isinstance(self.fixed_depth, int):
@@ -198,6 +199,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
                 f"integer; got {self.fixed_depth!r}. Use `equinox.filter_jit` and the "
                 "other filtered transformations on a model with an equilibrium layer."
             )
+        check_part(self, "probe", probe, PROBE, optional=True)
         # Normalised weights are computed here, and not in every evaluation.
         self = resolve(self)
         arguments = CellArguments(self.cell, x, key)

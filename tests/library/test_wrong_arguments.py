@@ -56,6 +56,8 @@ NOT_NUMBERS = (
     np.float32(-1),
     np.float32("nan"),
     float("nan"),
+    float("inf"),
+    np.float32("inf"),
     jnp.array(-1.0),
     jnp.array(jnp.nan),
     "1e-3",
@@ -67,6 +69,7 @@ NOT_NUMBERS = (
     np.True_,
     jnp.array(True),
 )
+INFINITY = float("inf")
 NOT_INTEGERS = (0, np.int64(0), jnp.array(0), 2.5, "3", True, np.ones(2, int))
 
 
@@ -105,8 +108,8 @@ def must_be(owner, field, allowed, value=""):
 
 
 LEAST_1 = "an integer of at least 1"
-POSITIVE = "a positive number"
-NON_NEGATIVE = "a non-negative number"
+POSITIVE = "a finite positive number"
+NON_NEGATIVE = "a finite non-negative number"
 
 # What to call, the type of the error, and what its message says.
 CASES = (
@@ -146,6 +149,7 @@ CASES = (
     ),
     (lambda: anderson(period=0), ValueError, f"period=.*{LEAST_1}; got 0"),
     (lambda: anderson(ridge=0.0), ValueError, f"ridge=.*{POSITIVE}; got 0.0"),
+    (lambda: anderson(ridge=INFINITY), ValueError, f"ridge=.*{POSITIVE}; got inf"),
     (lambda: anderson(damping=1.0), ValueError, r"damping=.*\[-1, 1\); got 1.0"),
     *(
         (lambda n=n, v=v: inn.Broyden(**TOLERANCES, **{n: v}), ValueError, m)
@@ -243,7 +247,23 @@ CASES = (
     (lambda: inn.NeumannAdjoint(0), ValueError, r"NeumannAdjoint\(num_terms=.*got 0"),
     (lambda: inn.NeumannAdjoint(2, -0.5), ValueError, r"Adjoint\(damping=.*got -0.5"),
     (lambda: inn.ShineAdjoint(-1), ValueError, "refinement_steps=.*at least 0; got -1"),
-    (lambda: inn.ReversibleAdjoint(bound=-1.0), ValueError, f"bound=.*{NON_NEGATIVE}"),
+    (lambda: inn.ReversibleAdjoint(bound=-1.0), ValueError, "bound=.*or infinity; got"),
+    *(
+        (
+            lambda make=make, probe=probe: make(probe),
+            TypeError,
+            r"probe=...\)` must be an `implicitnets.AdjointReport`.*; got",
+        )
+        for make in (
+            lambda probe: inn.ImplicitAdjoint(probe=probe),
+            lambda probe: inn.ReversibleAdjoint(probe=probe),
+            lambda probe: inn.ShineAdjoint(probe=probe),
+            lambda probe: inn.NeumannAdjoint(probe=probe),
+            lambda probe: deq()(X, probe=probe),
+            lambda probe: deq(fixed_depth=1).solve(X, probe=probe),
+        )
+        for probe in (True, 0.0, X, inn.AdjointReport, inn.AdjointReport.probe)
+    ),
     (lambda: inn.ReversibleAdjoint("x"), TypeError, "fallback=.*Optimistix adjoint"),
     (lambda: inn.ImplicitAdjoint("gmres"), TypeError, "a Lineax solver.*got 'gmres'"),
     (
@@ -333,6 +353,7 @@ CASES = (
     ),
     (lambda: node(stepsize_controller=0.1), TypeError, "stepsize_controller=.*got 0.1"),
     (lambda: node(t1=-1.0), ValueError, must_be("NeuralODE", "t1", POSITIVE, "-1.0")),
+    (lambda: node(t1=INFINITY), ValueError, f"t1=.*{POSITIVE}; got inf"),
     (lambda: node(dt0=0.0), ValueError, must_be("NeuralODE", "dt0", POSITIVE, "0.0")),
     (lambda: node(max_steps=0), ValueError, must_be("NeuralODE", "max_steps", LEAST_1)),
     (lambda: node(throw=None), ValueError, "throw=.*`True` or `False`; got None"),
@@ -431,6 +452,7 @@ CASES = (
     (lambda: nn.VariationalDropout(0.1, inference=1), ValueError, "inference=.*got 1"),
     (lambda: nn.spectral_norm(LINEAR, bound=-1.0), ValueError, "bound=.*got -1.0"),
     (lambda: nn.infinity_norm(LINEAR, bound=0.0), ValueError, "bound=.*got 0.0"),
+    (lambda: nn.spectral_norm(LINEAR, bound=INFINITY), ValueError, "bound=.*got inf"),
     (lambda: nn.spectral_norm(LINEAR, num_steps=0), ValueError, "num_steps=.*got 0"),
     (
         lambda: nn.weight_norm(LINEAR, filter=eqx.nn.Conv),
@@ -520,6 +542,23 @@ CASES = (
             (models.CausalTransformerConfig(), "dropout", -0.1),
         )
     ),
+    *(
+        (
+            lambda model=model, config=config: model(config, key=KEY),
+            TypeError,
+            rf"^`{model.__name__}\(config=...\)` must be an "
+            rf"`implicitnets.models.{name}\(...\)`; got",
+        )
+        for model, name in (
+            (models.TanhDEQ, "TanhConfig"),
+            (models.ResNetDEQ, "ResNetConfig"),
+            (models.MDEQ, "MDEQConfig"),
+            (models.MDEQSegmenter, "MDEQConfig"),
+            (models.CausalTransformerDEQ, "CausalTransformerConfig"),
+            (models.DEQTransformer, "TransformerConfig"),
+        )
+        for config in (None, {"width": 4}, getattr(models, name), object())
+    ),
     (lambda: models.ResNetConfig(channels=7), ValueError, "divisor of .* 7 and 64"),
     (
         lambda: models.CausalTransformerConfig(width=32, num_heads=5),
@@ -558,6 +597,8 @@ CASES = (
     ),
     (lambda: inn.growing_weight(1.0, 1.0, 0), ValueError, f"every=.*{LEAST_1}; got 0"),
     (lambda: inn.growing_weight("1", 1.0, 1), ValueError, "initial=.*number; got '1'"),
+    (lambda: inn.growing_weight(INFINITY, 1.0, 1), ValueError, "finite.*; got inf"),
+    (lambda: inn.exponential_weights(INFINITY), ValueError, f"{NON_NEGATIVE}; got inf"),
     *(
         (
             lambda f=f: f(CELL, X, X, key=KEY, num_steps=0),
@@ -619,6 +660,11 @@ def test_integers_of_all_kinds(make):
     at, z0 = [make(1), make(2)], jnp.zeros(4)
     states, _ = eqx.filter_eval_shape(lambda: inn.sample_states(layer, X, at, z0=z0))
     assert len(states) == 3
+
+
+def test_infinity_is_no_limit():
+    assert inn.ReversibleAdjoint(bound=INFINITY).bound == INFINITY
+    assert inn.PseudoTransient(factormax=np.inf).factormax == INFINITY
 
 
 def test_traced_numbers():

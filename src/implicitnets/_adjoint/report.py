@@ -7,6 +7,7 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Scalar
 
+from .._internal.checks import check_part, Part
 from .._internal.results import promote
 
 
@@ -111,6 +112,12 @@ class AdjointReport(eqx.Module):
         return as_item(self.result)
 
 
+PROBE = Part(
+    "an `implicitnets.AdjointReport`, such as `implicitnets.AdjointReport.probe()`",
+    AdjointReport,
+)
+
+
 def result_number(result: lx.RESULTS | ADJOINT_RESULTS) -> Scalar:
     """What `AdjointReport.result` has for a result."""
     if isinstance(result, lx.RESULTS):
@@ -132,6 +139,9 @@ class AbstractReportingAdjoint(optx.AbstractAdjoint):
     """
 
     probe: eqx.AbstractVar[AdjointReport | None]
+
+    def __check_init__(self):
+        check_part(self, "probe", self.probe, PROBE, optional=True)
 
 
 def with_probe(adjoint: _Adjoint, probe: AdjointReport) -> _Adjoint:

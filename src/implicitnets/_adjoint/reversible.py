@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
-from .._internal.checks import ADJOINT, check_number, check_part, NON_NEGATIVE
+from .._internal.checks import ADJOINT, check_number, check_part, LIMIT
 from .._internal.loop import while_loop
 from .._internal.observe import observed
 from .._internal.optimistix import (
@@ -70,7 +70,8 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
         only if some example of a batch needs it;
         `optimistix.RecursiveCheckpointAdjoint()` gives the gradient of the iteration
         there, too.
-    - `bound`: the largest relative error of the reconstructed initial guess.
+    - `bound`: the largest relative error of the reconstructed initial guess; infinity
+        for none.
     - `probe`: keyword only; see [`implicitnets.AdjointReport`][]. The `residual` is the
         relative error of the reconstructed initial guess, `num_steps` the number of
         evaluations that were undone, and the result is successful or `not_reversible`.
@@ -87,7 +88,7 @@ class ReversibleAdjoint(AbstractReportingAdjoint):
 
     def __check_init__(self):
         check_part(self, "fallback", self.fallback, ADJOINT)
-        check_number(self, "bound", self.bound, NON_NEGATIVE)
+        check_number(self, "bound", self.bound, LIMIT)
 
     def apply(
         self,

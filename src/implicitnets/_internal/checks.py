@@ -44,12 +44,14 @@ class Range(NamedTuple):
     """Which numbers are allowed. NaN never is."""
 
     text: str
-    holds: Callable[[float], bool] = lambda x: True
+    holds: Callable[[float], bool]
 
 
-NUMBER = Range("a number")
-POSITIVE = Range("a positive number", lambda x: x > 0)
-NON_NEGATIVE = Range("a non-negative number", lambda x: x >= 0)
+NUMBER = Range("a finite number", math.isfinite)
+POSITIVE = Range("a finite positive number", lambda x: 0 < x < math.inf)
+NON_NEGATIVE = Range("a finite non-negative number", lambda x: 0 <= x < math.inf)
+# Of a limit, which may be none.
+LIMIT = Range("a non-negative number or infinity", lambda x: x >= 0)
 # Of a step or a draw: what may be left out, but not all of it.
 FRACTION = Range("a number in the interval [0, 1)", lambda x: 0 <= x < 1)
 PROPER_FRACTION = Range("a number in the interval (0, 1)", lambda x: 0 < x < 1)

@@ -24,7 +24,7 @@ from .._internal.pytree import (
     tree_cast_like,
     working_dtype,
 )
-from .._internal.types import Answer, Aux, Norm, Verdict, Y
+from .._internal.types import Answer, Aux, Norm, RealScalarLike, Verdict, Y
 from .abstract import AbstractSolver, Problem
 from .progress import Progress, start_progress
 from .pseudo_transient import PseudoTransient
@@ -167,8 +167,8 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     def with_pid_controller(
         cls,
         ode_solver: dfx.AbstractAdaptiveSolver,
-        rtol: float = 1e-4,
-        atol: float = 1e-6,
+        rtol: RealScalarLike = 1e-4,
+        atol: RealScalarLike = 1e-6,
         norm: Norm = optx.two_norm,
         dt0: ScalarLike = 1.0,
     ) -> "SteadyState":
@@ -192,8 +192,9 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         check_part(name, "ode_solver", ode_solver, _ADAPTIVE_SOLVER)
         check_number(name, "rtol", rtol, NON_NEGATIVE)
         check_number(name, "atol", atol, NON_NEGATIVE)
+        maximum: Any = jnp.maximum if eqx.is_array(rtol) or eqx.is_array(atol) else max
         controller = dfx.PIDController(
-            rtol=0.1 * rtol, atol=0.1 * max(atol, 0.01 * rtol)
+            rtol=0.1 * rtol, atol=0.1 * maximum(atol, 0.01 * rtol)
         )
         return cls(ode_solver, rtol, atol, norm, controller, dt0)
 

@@ -2,7 +2,19 @@
 
 from typing import Any
 
-from .._internal.checks import as_integer, check_integer, check_value
+from .._internal.checks import (
+    as_integer,
+    check_integer,
+    check_part,
+    check_value,
+    Part,
+)
+
+
+def check_config(model: Any, config: Any, kind: type) -> None:
+    """Check what a model is made from."""
+    part = Part(f"an `implicitnets.models.{kind.__name__}(...)`", kind)
+    check_part(model, "config", config, part)
 
 
 def check_sizes(config: Any, *names: str, least: int = 1) -> None:

@@ -13,7 +13,7 @@ from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solve
 from .._internal.checks import check_number, check_value, FRACTION
 from .._solver.broyden import Broyden
 from ..nn import VariationalDropout
-from ._config import check_sizes
+from ._config import check_config, check_sizes
 from ._model import AbstractModel
 
 
@@ -124,6 +124,7 @@ class CausalTransformerDEQ(AbstractModel):
         max_steps: int = 30,
         key: PRNGKeyArray,
     ):
+        check_config(self, config, CausalTransformerConfig)
         embedding_key, position_key, cell_key, head_key = jr.split(key, 4)
         width = config.width
         embeddings, self.positions = (

@@ -14,7 +14,7 @@ from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from .._internal.checks import check_value
 from .._solver.anderson import AndersonAcceleration
-from ._config import check_sizes, check_tuple
+from ._config import check_config, check_sizes, check_tuple
 from ._layers import batch_norm, conv, draw_convolutions
 from ._model import AbstractModel
 
@@ -147,6 +147,7 @@ class ResNetDEQ(AbstractModel):
         max_steps: int = 25,
         key: PRNGKeyArray,
     ):
+        check_config(self, config, ResNetConfig)
         stem_key, cell_key, head_key = jr.split(key, 3)
         in_channels, *image_size = config.image_shape
         channels = config.channels

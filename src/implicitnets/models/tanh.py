@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from .._solver.anderson import AndersonAcceleration
-from ._config import check_sizes, check_tuple
+from ._config import check_config, check_sizes, check_tuple
 from ._model import AbstractModel
 
 
@@ -80,6 +80,7 @@ class TanhDEQ(AbstractModel):
         max_steps: int = 200,
         key: PRNGKeyArray,
     ):
+        check_config(self, config, TanhConfig)
         stem_key, cell_key, head_key = jr.split(key, 3)
         width = config.width
         self.stem = eqx.nn.Linear(math.prod(config.image_shape), width, key=stem_key)

@@ -7,7 +7,6 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
-import lineax as lx
 import numpy as np
 from jaxtyping import Array, Complex, Float, PRNGKeyArray, Scalar, ScalarLike
 
@@ -22,6 +21,7 @@ from .._internal.checks import (
 from .._internal.parametrise import AbstractParametrisation, resolve
 from .._internal.pytree import working_dtype
 from .._linear_solver.gmres import GivensGMRES
+from .._linear_solver.solve import linear_operator, run_linear_solver
 from .._solver.monotone import AbstractMonotoneCell
 
 
@@ -285,12 +285,16 @@ class _GMRESInverse(eqx.Module):
             return self.diagonal * z + _convolve(self.kernel, z, periodic=False)
 
         vector = v.astype(working_dtype(v))
-        operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: vector))
         rtol = 100 * float(jnp.finfo(vector.dtype).eps)
         solver = GivensGMRES(rtol, 0.0)
-        return lx.linear_solve(operator, vector, solver, throw=False).value.astype(
-            v.dtype
-        )
+
+        def solve(product, vector):
+            operator = linear_operator(product, vector)
+            value, _, _ = run_linear_solver(operator, vector, solver)
+            return value
+
+        value = lax.custom_linear_solve(product, vector, solve, solve)
+        return value.astype(v.dtype)
 
 
 def _convolve(

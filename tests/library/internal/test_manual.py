@@ -125,6 +125,23 @@ def test_state_of_several_leaves(linear_solver):
 
 
 @pytest.mark.one_precision
+def test_monotone_convolution():
+    """Its splitting solves a linear system in every step."""
+    deq = inn.DeepEquilibriumNetwork(
+        inn.nn.MonotoneConvCell(1, 2, 2, 3, periodic=False, key=jr.key(0)),
+        inn.PeacemanRachford(*TOLERANCES, step_size=0.5),
+        adjoint=EXACT,
+    )
+
+    def gradient(xs):
+        return jax.grad(lambda xs: jnp.sum(jax.vmap(deq)(xs) ** 2))(xs)
+
+    xs = jr.normal(jr.key(0), (2, 2, 5))
+    found = on_devices(gradient, out_specs=P("devices"))(xs)
+    assert eqx.tree_equal(found, jax.jit(gradient)(xs), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.one_precision
 @pytest.mark.parametrize("name", ["newton_krylov"])
 def test_forward_mode(name):
     deq = inn.DeepEquilibriumNetwork(dense_cell(), SOLVERS[name], adjoint=EXACT)

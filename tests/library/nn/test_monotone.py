@@ -113,6 +113,26 @@ def test_resolvent(name, step_size):
     assert relative_error(there_and_back(v), v) < tolerance(1e-3, 1e-10)
 
 
+def test_resolvent_differentiates():
+    """Also where it is a linear solve: unrolling goes through it, in both modes."""
+    cell = nn.resolve(make_cell("zeros", scale=3.0))
+    v = make_vector(60).reshape(SHAPES["zeros"])
+    inverse = np.linalg.inv(2 * np.eye(60) - matrix_of(cell.linear, v.shape))
+
+    def apply(v):
+        return cell.resolvent(v, jnp.ones((), v.dtype))(v)
+
+    @jax.jit
+    def derivatives(v):
+        _, pull_back = jax.vjp(apply, v)
+        return jax.jvp(apply, (v,), (jnp.cos(v),))[1], pull_back(jnp.cos(v))[0]
+
+    forward, reverse = derivatives(v)
+    u = np.cos(np.asarray(v, float)).ravel()
+    assert relative_error(forward, (inverse @ u).reshape(v.shape)) < 1e-4
+    assert relative_error(reverse, (inverse.T @ u).reshape(v.shape)) < 1e-4
+
+
 def test_resolvent_of_a_sequence():
     cell = nn.resolve(nn.MonotoneConvCell(1, 2, 3, 5, key=jr.key(0)))
     v = make_vector(21).reshape(3, 7)

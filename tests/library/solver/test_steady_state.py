@@ -143,6 +143,15 @@ def test_same_as_diffeqsolve(ode_solver):
     assert relative_error(sol.value, expected.ys[0]) < 1e-4
 
 
+def test_tolerances_of_the_controller_may_be_traced():
+    def tolerances(rtol, atol):
+        solver = inn.SteadyState.with_pid_controller(dfx.Tsit5(), rtol, atol)
+        return solver.stepsize_controller.rtol, solver.stepsize_controller.atol
+
+    for given in ((1e-3, 0.0), (1e-3, 1e-2)):
+        assert np.allclose(jax.jit(tolerances)(*given), tolerances(*given), rtol=1e-6)
+
+
 def test_pseudo_transient_in_diffeqsolve():
     """Where a controller with tolerances hovers for ever."""
     weight, x = make_matrix(16, 0.9), make_vector(16)

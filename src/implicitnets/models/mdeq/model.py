@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..._adjoint.implicit import ImplicitAdjoint
 from ..._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from ..._solver.broyden import Broyden
+from .._config import check_config
 from .._model import AbstractModel
 from .cell import MDEQCell
 from .config import MDEQConfig
@@ -56,6 +57,7 @@ class MDEQ(AbstractModel):
         max_steps: int = _MAX_STEPS,
         key: PRNGKeyArray,
     ):
+        check_config(self, config, MDEQConfig)
         stem_key, cell_key, head_key = jr.split(key, 3)
         self.stem = Stem(config, key=stem_key)
         self.deq = _make_deq(config, solver, adjoint, max_steps, key=cell_key)
@@ -98,6 +100,7 @@ class MDEQSegmenter(AbstractModel):
         max_steps: int = _MAX_STEPS,
         key: PRNGKeyArray,
     ):
+        check_config(self, config, MDEQConfig)
         stem_key, cell_key, head_key = jr.split(key, 3)
         self.stem = Stem(config, key=stem_key)
         self.deq = _make_deq(config, solver, adjoint, max_steps, key=cell_key)

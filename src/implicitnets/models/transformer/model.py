@@ -12,6 +12,7 @@ from ..._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solv
 from ..._solution import EquilibriumSolution
 from ..._solver.anderson import AndersonAcceleration
 from ...nn import VariationalDropout, weight_norm
+from .._config import check_config
 from .._layers import linear
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .attention import distance_embedding
@@ -64,6 +65,7 @@ class DEQTransformer(eqx.Module):
         max_steps: int = 30,
         key: PRNGKeyArray,
     ):
+        check_config(self, config, TransformerConfig)
         embedding_key, inject_key, cell_key, softmax_key = jr.split(key, 4)
         cell = TransformerCell(config, key=cell_key)
         if config.normalise_weights:
