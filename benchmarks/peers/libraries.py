@@ -3,7 +3,7 @@
 Every library solves the batch as its documentation does: torchdeq the whole of it, the
 JAX libraries one example under `vmap`. Tolerances are relative, and each example's own
 where the library allows it. A library that has only absolute ones gets the relative one
-times the norm of the solution.
+times the norm of the solution: every library is given `(problem, norms)`.
 """
 
 # Each peer is installed for an interpreter of its own.
@@ -11,9 +11,8 @@ times the norm of the solution.
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,6 +47,7 @@ Methods = dict[str, Callable[[], Program]]
 
 def jax_program(
     problem: Problem,
+    norms: np.ndarray,
     solve_one: Callable,
     backward_products: Callable[[Any], int | None] = lambda _: None,
 ) -> Program:
@@ -61,13 +61,13 @@ def jax_program(
     weights, x, cotangent = jax.tree.map(
         jnp.asarray, (problem.weights, problem.inputs, problem.cotangent)
     )
-    norms = jnp.asarray(solution_norms())
+    scales = jnp.asarray(norms)
 
-    def solve(weights, x, norms):
-        return jax.vmap(solve_one, in_axes=(None, 0, 0))(weights, x, norms)
+    def solve(weights, x, scales):
+        return jax.vmap(solve_one, in_axes=(None, 0, 0))(weights, x, scales)
 
-    def loss(weights, x, norms, cotangent):
-        z, _ = solve(weights, x, norms)
+    def loss(weights, x, scales, cotangent):
+        z, _ = solve(weights, x, scales)
         return jnp.sum(z * cotangent), z
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
@@ -75,11 +75,11 @@ def jax_program(
 
     def call_solve():
         if "solve" not in compiled:
-            compiled["solve"] = jax.jit(solve).lower(weights, x, norms).compile()
-        return jax.block_until_ready(compiled["solve"](weights, x, norms))
+            compiled["solve"] = jax.jit(solve).lower(weights, x, scales).compile()
+        return jax.block_until_ready(compiled["solve"](weights, x, scales))
 
     def call_gradient():
-        arguments = weights, x, norms, cotangent
+        arguments = weights, x, scales, cotangent
         if "gradient" not in compiled:
             compiled["gradient"] = gradient.lower(*arguments).compile()
         value, z = jax.block_until_ready(compiled["gradient"](*arguments))
@@ -94,12 +94,7 @@ def jax_program(
     )
 
 
-def solution_norms() -> np.ndarray:
-    """The norm of every example's solution, for absolute tolerances."""
-    return np.load(sys.argv[3]).astype(np.float32)
-
-
-def implicitnets(problem: Problem) -> Methods:
+def implicitnets(problem: Problem, norms: np.ndarray) -> Methods:
     """This library."""
     import jax.numpy as jnp
     import lineax as lx
@@ -135,7 +130,7 @@ def implicitnets(problem: Problem) -> Methods:
             )
             return int(found.max())
 
-        return lambda: jax_program(problem, solve_one, count_products)
+        return lambda: jax_program(problem, norms, solve_one, count_products)
 
     def picard(norm):
         return optx.FixedPointIteration(0.0, rtol * norm, norm=optx.two_norm)
@@ -161,7 +156,7 @@ def implicitnets(problem: Problem) -> Methods:
     }
 
 
-def optimistix(problem: Problem) -> Methods:
+def optimistix(problem: Problem, norms: np.ndarray) -> Methods:
     """Optimistix and Lineax alone."""
     import jax.numpy as jnp
     import lineax as lx
@@ -183,7 +178,7 @@ def optimistix(problem: Problem) -> Methods:
             )
             return solution.value, {"evaluations": solution.stats["num_steps"]}
 
-        return lambda: jax_program(problem, solve_one)
+        return lambda: jax_program(problem, norms, solve_one)
 
     return {
         "Picard, GMRES": method(
@@ -197,7 +192,7 @@ def optimistix(problem: Problem) -> Methods:
     }
 
 
-def banax(problem: Problem) -> Methods:
+def banax(problem: Problem, norms: np.ndarray) -> Methods:
     """The banax library."""
     import jax.numpy as jnp
     from banax.adjoint import Implicit
@@ -216,7 +211,7 @@ def banax(problem: Problem) -> Methods:
             )
             return solution.value, {"evaluations": solution.stats.steps + 1}
 
-        return lambda: jax_program(problem, solve_one)
+        return lambda: jax_program(problem, norms, solve_one)
 
     return {
         "Picard": method(Picard),
@@ -226,7 +221,7 @@ def banax(problem: Problem) -> Methods:
     }
 
 
-def jaxopt(problem: Problem) -> Methods:
+def jaxopt(problem: Problem, norms: np.ndarray) -> Methods:
     """The jaxopt library."""
     import functools as ft
 
@@ -235,7 +230,7 @@ def jaxopt(problem: Problem) -> Methods:
 
     cell = jax_cell(problem.kind)
     # One for all examples: it may not be traced.
-    tolerance = problem.rtol * float(solution_norms().min())
+    tolerance = problem.rtol * float(norms.min())
 
     def method(kind: Callable, **options: Any):
         backward = ft.partial(
@@ -255,7 +250,7 @@ def jaxopt(problem: Problem) -> Methods:
             z, state = solver.run(jnp.zeros_like(x), weights, x)
             return z, {"evaluations": state.iter_num}
 
-        return lambda: jax_program(problem, solve_one)
+        return lambda: jax_program(problem, norms, solve_one)
 
     return {
         "fixed point": method(FixedPointIteration),
@@ -266,19 +261,26 @@ def jaxopt(problem: Problem) -> Methods:
     }
 
 
-def torchdeq(problem: Problem) -> Methods:
-    """The torchdeq library, on CPU."""
+def torchdeq(
+    problem: Problem, norms: np.ndarray, *, device: Literal["cpu", "cuda"] = "cpu"
+) -> Methods:
+    """The torchdeq library."""
     import torch
     import torch.nn.functional as F
     from torchdeq import get_deq
 
+    del norms
     torch.set_num_threads(num_cores())
     weights = {
-        name: torch.tensor(value, requires_grad=True)
+        name: torch.tensor(value, requires_grad=True, device=device)
         for name, value in problem.weights.items()
     }
-    x = torch.tensor(problem.inputs)
-    cotangent = torch.tensor(problem.cotangent)
+    x = torch.tensor(problem.inputs, device=device)
+    cotangent = torch.tensor(problem.cotangent, device=device)
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     def norm(name, z):
         return F.group_norm(
@@ -333,7 +335,8 @@ def torchdeq(problem: Problem) -> Methods:
                 deq.eval()
                 with torch.no_grad():
                     z = forward()[-1]
-                return z.numpy(), {"evaluations": count}
+                wait()
+                return z, {"evaluations": count}
 
             def gradient():
                 deq.train()
@@ -341,7 +344,8 @@ def torchdeq(problem: Problem) -> Methods:
                 values = torch.autograd.grad(
                     (z * cotangent).sum(), list(weights.values())
                 )
-                return z.detach().numpy(), dict(zip(weights, values, strict=True))
+                wait()
+                return z.detach(), dict(zip(weights, values, strict=True))
 
             return Program(solve, gradient)
 

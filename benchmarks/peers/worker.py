@@ -25,8 +25,9 @@ def main() -> None:
     os.dup2(2, 1)
     library, problem = sys.argv[1], load(pathlib.Path(sys.argv[2]))
     make_methods, packages = LIBRARIES[library]
+    norms = np.load(sys.argv[3]).astype(np.float32)
     try:
-        methods = make_methods(problem)
+        methods = make_methods(problem, norms)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), file=answers, flush=True)
         return
