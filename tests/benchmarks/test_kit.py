@@ -157,7 +157,7 @@ def test_worker_needs_only_numpy(tmp_path):
     """Where a library is missing it says so, and the others of ours are not loaded."""
     problem = problems.linear(0.5, size=10, batch=2)
     problem.save(tmp_path / "problem.npz")
-    (tmp_path / "norms.npy").touch()
+    np.save(tmp_path / "norms.npy", np.ones(2))
     blocked = "jax", "implicitnets", "optimistix", "torchdeq", "tabulate", "tyro"
     code = (
         "import runpy, sys\n"
