@@ -109,6 +109,26 @@ def relative_difference(found, wanted):
 print("relative difference to one device:", relative_difference(together, alone))
 
 # %% [markdown]
+# That mesh has `Auto` axes. `jax.make_mesh` makes `Explicit` ones unless it is told
+# otherwise, and then the type of every array says how it is divided. Set such a mesh
+# with `jax.set_mesh`, and put the weights on it too.
+
+# %%
+explicit = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,))
+with jax.set_mesh(explicit):
+    weights = jax.device_put(params, PartitionSpec())
+    pieces = jax.device_put(batch, PartitionSpec("batch"))
+    together = gradient(weights, *pieces)
+print("relative difference to one device:", relative_difference(together, alone))
+
+# %% [markdown]
+# The solvers, adjoints and linear solvers of this library work there under `jax.vmap`.
+# Of the other libraries, `optx.Newton`, `optx.LevenbergMarquardt`,
+# `optx.ImplicitAdjoint`, `lx.GMRES`, implicit ODE solvers and `inn.NeuralODE` do not,
+# nor does a solve of one state that is itself divided. For these, make the axes
+# automatic around the batch. Every array goes in as an argument:
+# `jax.sharding.auto_axes(batch_fn, out_sharding=PartitionSpec("batch"))(params, x)`.
+#
 # The training step stays as it is, too.
 
 # %%

@@ -1,7 +1,9 @@
-"""What `jax.shard_map` asks of arrays: to say over which axes of the mesh they vary.
+"""What JAX asks of the types of arrays on several devices.
 
-There every type has these axes (`check_vma`, the default). What is made of constants
-varies over none, and JAX asks for one type where arrays meet in a loop or in a branch.
+In `jax.shard_map` every type says over which axes of the mesh the array varies
+(`check_vma`, the default). What is made of constants varies over none, and JAX asks for
+one type where arrays meet in a loop or in a branch. On a mesh with explicit axes a type
+says which mesh the array is on, and constants are on none.
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.tree_util as jtu
+from jax.sharding import PartitionSpec, reshard
 
 
 _Carry = TypeVar("_Carry")
@@ -55,6 +58,7 @@ def vary_as_next(body_fun: Callable[[_Carry], _Carry], init_val: _Carry) -> _Car
 
     The same carry.
     """
+    init_val = _on_mesh(init_val)
     while is_manual():
         next_val = jax.eval_shape(body_fun, init_val)
         old = jtu.tree_map(_axes, init_val)
@@ -64,6 +68,20 @@ def vary_as_next(body_fun: Callable[[_Carry], _Carry], init_val: _Carry) -> _Car
         if jtu.tree_map(_axes, init_val) == old:
             break
     return init_val
+
+
+def _on_mesh(tree: _Out) -> _Out:
+    """The same pytree, whose constants are on the mesh of `jax.set_mesh`, too."""
+    # `jax.vmap` over an explicit axis of the mesh makes no batch of them where they
+    # start a loop: "Resource axis: ... not found in mesh: ()" (JAX 0.10 to 0.12).
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return tree
+    return jtu.tree_map(
+        lambda x: (
+            reshard(x, PartitionSpec()) if jax.typeof(x).sharding.mesh.empty else x
+        ),
+        tree,
+    )
 
 
 def _axes(x: Any) -> frozenset[str]:
