@@ -72,4 +72,19 @@ def replace_inputs(inputs: tuple, **changes: Any) -> tuple:
 
 def run_solve(primal_fn: Callable, inputs: PyTree) -> tuple[PyTree[Array], Any]:
     """Make the solve that an adjoint is given, in our loop."""
-    return jtu.tree_map(jnp.asarray, primal_fn(inputs + (while_loop,)))
+    solve = solve_inputs(inputs)
+    problem = jtu.tree_leaves((solve.fn, solve.y0, solve.args))
+    is_double = any(getattr(x, "dtype", None) == jnp.float64 for x in problem)
+    loop = while_loop if is_double else _single_precision_loop
+    return jtu.tree_map(jnp.asarray, primal_fn(inputs + (loop,)))
+
+
+def _single_precision_loop(cond_fun, body_fun, init_val, **kwargs):
+    # The states of Dogleg and Levenberg-Marquardt start with constants, of float64
+    # where that is on, and branches on them then have two types (`optimistix/_solver`,
+    # version 0.1.0; as https://github.com/patrick-kidger/optimistix/issues/207).
+    init_val = jtu.tree_map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x,
+        jtu.tree_map(jnp.asarray, init_val),
+    )
+    return while_loop(cond_fun, body_fun, init_val, **kwargs)
