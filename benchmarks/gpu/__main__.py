@@ -12,9 +12,12 @@ PyTorch with TorchDEQ, banax and JAXopt are measured where they are installed.
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Callable
 
-from . import cases as cells, growth, training
+import jax
+
+from . import cases as cells, flags, growth, training
 from .libraries import measure_libraries
 from .record import earlier_tables, OutOfTime, Record
 from .solves import (
@@ -66,10 +69,12 @@ PARTS: dict[str, tuple[Part, float]] = {
         45,
     ),
     "text": (lambda record, o: training.train_text(record, o.small, o.text), 35),
-    "libraries": (lambda record, o: compare_libraries(record, o.small), 60),
-    "depth": (lambda record, o: growth.grow_depth(record, o.small), 25),
-    "batch": (lambda record, o: growth.grow_batch(record, o.small), 25),
+    "libraries": (lambda record, o: compare_libraries(record, o.small), 55),
+    "depth": (lambda record, o: growth.grow_depth(record, o.small), 20),
+    "batch": (lambda record, o: growth.grow_batch(record, o.small), 20),
     "sciml": (lambda record, o: training.train_sciml(record, o.small, o.mnist), 35),
+    # The last one: what is tried there might end the process.
+    "flags": (lambda record, o: flags.vary_flags(record, o.small), 25),
 }
 
 
@@ -126,8 +131,12 @@ def command(options: argparse.Namespace) -> str:
 def main() -> None:
     options = parse()
     path = options.out or options.output_dir / "gpu.json"
+    if jax.default_backend() == "cpu" and not options.small:
+        sys.exit("Error: JAX finds a CPU only; --small rehearses there.")
     kept = earlier_tables(path, options.small) if options.only else {}
-    record = Record(path, command(options), options.small, kept)
+    record = Record(
+        path, command(options), options.small, {name: [] for name in PARTS} | kept
+    )
     print(record.about, flush=True)
     spare = 0.0
     for name in options.only or PARTS:

@@ -235,7 +235,11 @@ class Bench:
     @property
     def head(self) -> Row:
         """What every row begins with."""
-        return {"problem": self.case.name, "precision": precision_name(self.precision)}
+        return {
+            "problem": self.case.name,
+            "precision": precision_name(self.precision),
+            "examples": len(self.case.inputs),
+        }
 
     def bare(self, evaluations: int, products: int) -> float:
         """Milliseconds of a bare loop of so many evaluations and products."""

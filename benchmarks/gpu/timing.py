@@ -35,12 +35,14 @@ class Program:
 class Job:
     """A function to be compiled for its arguments.
 
-    `precision` is JAX' name of that of the products, `None` for the device's default.
+    `precision` is JAX' name of that of the products, `None` for the device's default;
+    `options` are XLA's.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     precision: str | None = None
+    options: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
 
     def lower(self) -> Any:
         """Trace it."""
@@ -64,7 +66,7 @@ def compile_all(jobs: Mapping[Any, Job]) -> dict[Any, Program | Exception]:
 
     def finish(job, lowered, tracing_seconds):
         start = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=dict(job.options) or None)
         seconds = tracing_seconds + time.perf_counter() - start
         memory = compiled.memory_analysis()
         temporary = 0 if memory is None else memory.temp_size_in_bytes

@@ -23,6 +23,7 @@ import tyro
 from ..kit.results import Settings
 from . import readme
 from .exhibits import Section
+from .gpu_sections import gpu_headline, GPU_SECTIONS
 from .headline import headline
 from .page import Page, Record, render
 from .sections import SECTIONS
@@ -62,9 +63,26 @@ python -m benchmarks.report --page training --data-dir FOLDER --text FILE
 The tables are also in [one JSON file](training/training.json). The
 [report](report.md) has what takes minutes.
 """
+GPU_REPORT = """\
+# Report on a GPU
+
+What the library launches on a GPU, and what it takes there: each table says whether it
+was counted in a compiled program or measured on a device. [On a GPU](gpu.md) says what
+follows from it. Two commands, of which the second one needs the device:
+
+```bash
+python -m benchmarks.gpu_program
+python -m benchmarks.gpu --out FILE --data-dir FOLDER --text FILE --mnist FILE
+python -m benchmarks.report --page gpu_report --sections --found gpu=FILE
+```
+
+The third one writes this page. The tables are also in
+[one JSON file](gpu_report/gpu_report.json).
+"""
 PAGES = {
     "report": Page(REPORT, SECTIONS, headline),
     "training": Page(TRAINING, TRAINING_SECTIONS),
+    "gpu_report": Page(GPU_REPORT, GPU_SECTIONS, gpu_headline),
 }
 
 
@@ -72,8 +90,9 @@ PAGES = {
 class Config:
     """Run the benchmarks and write a page on what they found."""
 
-    page: Literal["report", "training"] = "report"
-    """Write this page: `report` takes minutes, `training` takes hours."""
+    page: Literal["report", "training", "gpu_report"] = "report"
+    """Write this page: `report` takes minutes, `training` takes hours, and `gpu_report`
+    takes minutes on a device."""
     sections: tuple[str, ...] | None = None
     """Run these of its sections, by default all. The others keep their last results."""
     quick: bool = False
@@ -84,6 +103,8 @@ class Config:
     """Let the language model learn the text of this file."""
     python: tuple[str, ...] = ()
     """Run other libraries with these interpreters, as `banax=/path/to/python`."""
+    found: tuple[str, ...] = ()
+    """Take what sections found elsewhere from these files, as `gpu=FILE`."""
     output_dir: pathlib.Path = DOCS
     """Write the page to this folder."""
     results_dir: pathlib.Path = Settings.output_dir
@@ -188,6 +209,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.page}.json"
     records = json.loads(path.read_text()) if path.exists() else {}
+    for argument in config.found:
+        name, file = argument.split("=", 1)
+        records[name] = json.loads(pathlib.Path(file).read_text())
+        path.write_text(json.dumps(records, indent=1))
     chosen = config.chosen
     start = time.perf_counter()
     # What sections leave of their time is for those that come after them, so that the

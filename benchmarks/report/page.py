@@ -71,7 +71,13 @@ def render_section(section: Section, record: Record, folder: pathlib.Path) -> st
         parts.append(f"**This section {record['status']}.**")
     else:
         try:
-            shown = [show(e, record["tables"], folder) for e in section.exhibits]
+            tables = record["tables"]
+            shown = [
+                show(exhibit, tables, folder)
+                for exhibit in section.exhibits
+                # A part of a script may have been left out.
+                if tables.get(exhibit.table_of) != []
+            ]
         # Whatever is wrong with one section's tables, the others are shown.
         except Exception as error:
             shown = [f"**This section failed: {type(error).__name__}: {error}.**"]
@@ -108,6 +114,6 @@ def provenance(section: Section, record: Record) -> Row:
         "section": section.title,
         "date": record["date"],
         "seconds": record["seconds"],
-        **{key: machine.get(key) for key in ("cpu", "cores", "python")},
+        **{key: machine.get(key) for key in ("device", "cpu", "cores", "python")},
         **record.get("versions", {}),
     }

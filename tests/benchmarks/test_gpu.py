@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import __main__ as gpu, cases, solves, training
+from benchmarks.gpu import __main__ as gpu, cases, flags, solves, training
 from benchmarks.gpu.networks import Rounded
 from benchmarks.gpu.record import earlier_tables, OutOfTime, Record
+from benchmarks.gpu.timing import compile_all, Job, Program
+from benchmarks.report.__main__ import PAGES
+from benchmarks.report.page import render
 
 
 pytestmark = pytest.mark.one_precision
@@ -79,7 +82,7 @@ def test_rows_of_solvers_and_adjoints(run, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_case")
-def test_other_parts_run(run, monkeypatch):
+def test_other_parts_run(run, monkeypatch, tmp_path):
     record = run("--only", "images", "depth", "libraries")
     tables = record["tables"]
     assert not [row for row in tables["images"] if "result" in row]
@@ -96,6 +99,9 @@ def test_other_parts_run(run, monkeypatch):
     assert memory["unrolled"][1] > memory["unrolled"][0]
     ours = [row for row in tables["libraries"] if row["library"] == "implicitnets"]
     assert ours and all(row["residual"] < 1.1e-3 for row in ours)
+    page = render(PAGES["gpu_report"], {"gpu": record}, tmp_path)
+    assert "This section" not in page and "no measurements" in page
+    assert page.count("![") == 4 and "unrolled, checkpointed" in page
     # Some parts again: the file keeps the others, which are of the same device.
     monkeypatch.setattr(gpu, "PARTS", {"depth": (lambda *_: None, 1.0)})
     again = run("--only", "depth")
@@ -116,6 +122,16 @@ def test_part_that_takes_too_long_says_so(run, monkeypatch):
     assert tables["batch"][0] == {"problem": "first"}
     assert tables["batch"][1]["result"].startswith("stopped after")
     assert tables["depth"] == [{"result": "RuntimeError: no memory"}]
+
+
+def test_options_reach_the_compiler():
+    job = Job(lambda x: 2 * x, (jnp.ones(3),), options={"no_option_of_xla": 1})
+    (found,) = compile_all({"wrong": job}).values()
+    assert isinstance(found, Exception) and "no_option_of_xla" in str(found)
+    for options in flags.OPTIONS.values():
+        job = Job(lambda x: 2 * x, (jnp.ones(3),), options=options)
+        (found,) = compile_all({"right": job}).values()
+        assert isinstance(found, Program) and found().tolist() == [2, 2, 2]
 
 
 def test_file_is_written_after_every_row(tmp_path):

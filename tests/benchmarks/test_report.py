@@ -1,5 +1,6 @@
 """The benchmark report: how it is written, and what becomes of what fails in it."""
 
+import argparse
 import importlib
 import json
 import re
@@ -235,13 +236,17 @@ def test_scripts_take_the_options_of_their_sections(section, monkeypatch):
     module = importlib.import_module(f"benchmarks.{section.script}")
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{module.__name__}.__main__")
-    parse = tyro.cli
 
-    def parse_only(*args, **kwargs):
-        parse(*args, **kwargs)
-        raise Parsed
+    def only(parse):
+        def parse_only(*args, **kwargs):
+            parse(*args, **kwargs)
+            raise Parsed
 
-    monkeypatch.setattr(tyro, "cli", parse_only)
+        return parse_only
+
+    monkeypatch.setattr(tyro, "cli", only(tyro.cli))
+    parser = argparse.ArgumentParser
+    monkeypatch.setattr(parser, "parse_args", only(parser.parse_args))
     for options in (section.options, section.quick):
         command = [section.name, *options, "--output-dir", "results"]
         monkeypatch.setattr(sys, "argv", command)

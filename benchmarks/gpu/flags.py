@@ -1,0 +1,62 @@
+"""What XLA's CUDA graphs change for solves, whose loops have small steps."""
+
+from .cases import dense
+from .record import Record, Row
+from .solves import (
+    ADJOINTS,
+    ANDERSON,
+    GRADIENT,
+    gradient_program,
+    IMPLICIT,
+    make_bench,
+    SOLVE,
+    solve_program,
+    SOLVERS,
+)
+from .timing import compile_all, Job, milliseconds, said
+
+
+GRAPHS = "xla_gpu_enable_command_buffer"
+SMALLEST = "xla_gpu_graph_min_graph_size"
+KERNELS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION"
+
+# Options of XLA by what they mean; they are also flags of `XLA_FLAGS`.
+OPTIONS: dict[str, dict[str, str | int]] = {
+    "default": {},
+    "no CUDA graphs": {GRAPHS: ""},
+    "CUDA graphs of any size": {GRAPHS: KERNELS, SMALLEST: 1},
+    "CUDA graphs with loops": {GRAPHS: f"{KERNELS},CONDITIONAL,WHILE", SMALLEST: 1},
+}
+METHODS = ("FixedPointIteration", ANDERSON)
+
+
+def vary_flags(record: Record, small: bool) -> None:
+    """Solves and a gradient of dense cells, compiled with different options."""
+    for case in [dense(4, 16)] if small else [dense(128, 256), dense(1024, 1024)]:
+        record.check_time()
+        bench = make_bench(case, None)
+        arguments = (case.weights, case.inputs, case.cotangent)
+        jobs: dict[tuple[str, str, str], Job] = {}
+        for meaning, options in OPTIONS.items():
+            for name in METHODS:
+                jobs[meaning, name, SOLVE] = Job(
+                    solve_program(case, SOLVERS[name]),
+                    (case.weights, case.inputs, bench.norms),
+                    options=options,
+                )
+            jobs[meaning, IMPLICIT, GRADIENT] = Job(
+                gradient_program(case, ADJOINTS[IMPLICIT]), arguments, options=options
+            )
+        for (meaning, name, what), program in compile_all(jobs).items():
+            record.check_time()
+            row: Row = {**bench.head, "options": meaning, "method": name}
+            try:
+                if isinstance(program, Exception):
+                    raise program
+                found = program()
+                if what == SOLVE:
+                    row["residual"] = float(bench.residuals(found[0]).max())
+                row[what] = milliseconds(program)
+            except Exception as error:
+                row["result"] = said(error)
+            record.add("flags", row)
