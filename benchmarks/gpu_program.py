@@ -80,7 +80,7 @@ class Counts:
             yield from loop.walk(f"{name}.")
 
     def __str__(self) -> str:
-        inner = [f" [{loop}]" for loop in self.loops]
+        inner = [f" ({loop})" for loop in self.loops]
         return f"{self.number} + {self.waits}{''.join(inner)}"
 
 

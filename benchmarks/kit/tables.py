@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tabulate import tabulate
-
 
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]
@@ -20,6 +18,9 @@ def print_table(title: str, rows: list[Row]) -> None:
 
 def markdown_table(rows: list[Row]) -> str:
     """Rows as a Markdown table without empty columns."""
+    # What is run on a machine with a GPU prints no tables, and need not have it.
+    from tabulate import tabulate
+
     keys = dict.fromkeys(key for row in rows for key in row)
     columns = [k for k in keys if any(row.get(k) is not None for row in rows)]
     cells = [[_format(row.get(column)) for column in columns] for row in rows]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 
 # A call shorter than this is timed several at a time.
@@ -93,4 +92,7 @@ def time_calls(
 
 def progress(items: Iterable[Any], description: str) -> Iterable[Any]:
     """The items, with a progress bar on a terminal."""
+    # As in `tables.py`.
+    from tqdm import tqdm
+
     return tqdm(items, desc=description, leave=False, disable=None)

@@ -1,6 +1,7 @@
 """What is measured on a GPU, rehearsed on a CPU."""
 
 import json
+import subprocess
 import sys
 
 import equinox as eqx
@@ -107,6 +108,21 @@ def test_other_parts_run(run, monkeypatch, tmp_path):
     again = run("--only", "depth")
     assert again["tables"]["depth"] == []
     assert again["tables"]["images"] == tables["images"]
+
+
+def test_device_needs_no_packages_for_command_lines():
+    """Machines with a GPU have what trains networks, and not all that is ours."""
+    blocked = ("mlxtend", "tabulate", "tqdm", "tyro")
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({blocked}))\n"
+        "import numpy as np\n"
+        "import benchmarks.gpu.__main__, benchmarks.training.data\n"
+        "from benchmarks.gpu.cases import dense\n"
+        "from benchmarks.peers.libraries import implicitnets\n"
+        "implicitnets(dense(2, 4).problem, np.ones(2))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_part_that_takes_too_long_says_so(run, monkeypatch):

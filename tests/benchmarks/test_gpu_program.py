@@ -78,7 +78,7 @@ def test_kernels_and_waits_of_every_loop():
     assert loops["1"].waits == 2 and str(loops["1"]) == "4 + 2"
     assert loops["2"].kernels == {"copy-start": 1, "fusion": 1}
     assert loops["2"].waits == 0
-    assert str(loops["2"]) == "2 + 0 [4 + 2]"
+    assert str(loops["2"]) == "2 + 0 (4 + 2)"
 
 
 @pytest.mark.skipif(not has_plugin(), reason="JAX' CUDA plugin is not installed.")
