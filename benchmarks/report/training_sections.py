@@ -67,7 +67,9 @@ TRAINING_SECTIONS = (
         "Is an equilibrium worth more than as many layers with the same weights? A "
         "transformer on the characters of the King James Bible (4.4 MB, as the Debian "
         "package `bible-kjv-text` has it), trained to its equilibrium, and as a stack "
-        "of weight-tied layers, as many as the equilibrium took evaluations.",
+        "of weight-tied layers, as many as the equilibrium took evaluations. By the "
+        "residual that its solve leaves, a position of the equilibrium model sees a "
+        "little of the later ones: see [Questions](faq.md).",
         (
             Exhibit(
                 "language_model",

@@ -39,6 +39,9 @@ class EquilibriumOptions:
     """Stop up to so many steps earlier, at random in every training step."""
     test_max_steps: int | None = None
     """Stop a solve after so many steps in evaluations, by default as in training."""
+    test_rtol: float | None = None
+    """Solve to this relative tolerance in evaluations, by default as in training. A
+    position of a text sees a little of the later ones, about as much as this."""
     start: StartName = "model"
     """Start a solve where the model says, at the cell's input, or at the cell's value
     for zeros (Skip Reg. DEQ)."""
@@ -53,7 +56,7 @@ class EquilibriumOptions:
 
     def __post_init__(self):
         check_positive(self, "max_steps", "test_max_steps")
-        check_non_negative(self, "rtol", "atol", "adjoint_rtol")
+        check_non_negative(self, "rtol", "atol", "adjoint_rtol", "test_rtol")
         least = 0 if self.adjoint == "shine" else 1
         for allowed, is_valid, name in (
             (f"at least {least}", lambda n: n >= least, "adjoint_max_steps"),

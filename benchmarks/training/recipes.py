@@ -183,7 +183,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             models.CausalTransformerConfig(),
             DataOptions("text", sequence_length=128),
-            EquilibriumOptions("broyden", rtol=1e-4),
+            EquilibriumOptions("broyden", rtol=1e-4, test_max_steps=100),
             OptimiserOptions(learning_rate=2e-4, betas=(0.9, 0.99), clip=0.25),
             training=TrainingOptions(epochs=10, batch_size=16),
         ),
@@ -193,6 +193,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             SMALL_TRANSFORMER,
             DataOptions("text", level="character"),
+            EquilibriumOptions(test_rtol=1e-4, test_max_steps=100),
             optimiser=OptimiserOptions(schedule="cosine", warmup_steps=200, clip=0.25),
             training=TrainingOptions(
                 pretraining_epochs=1, pretraining_depth=3, epochs=4

@@ -70,6 +70,19 @@ def with_budget(network: AbstractNetwork, max_steps: int | Array) -> AbstractNet
     return eqx.tree_at(lambda network: network.layer.max_steps, network, max_steps)
 
 
+def as_in_tests(
+    network: AbstractNetwork, options: EquilibriumOptions
+) -> AbstractNetwork:
+    """A network with the solves of evaluations."""
+    if options.test_max_steps is not None:
+        network = with_budget(network, options.test_max_steps)
+    if options.test_rtol is not None:
+        network = eqx.tree_at(
+            lambda network: network.layer.solver.rtol, network, options.test_rtol
+        )
+    return network
+
+
 def with_random_budget(
     network: AbstractNetwork, options: EquilibriumOptions, *, key: PRNGKeyArray
 ) -> AbstractNetwork:
@@ -202,10 +215,8 @@ class Trainer:
     def test(self, state: TrainState) -> dict[str, float]:
         """The means over the whole test set, and the spectral radius of a part."""
         options = self.config.training
-        budget = self.config.equilibrium.test_max_steps
         network = eqx.nn.inference_mode(state.network)
-        if budget is not None:
-            network = with_budget(network, budget)
+        network = as_in_tests(network, self.config.equilibrium)
         depth = network.layer.fixed_depth
         memory = self._empty_memory
         metrics, radii = [], []

@@ -50,9 +50,15 @@ class LanguageSettings(Settings):
     )
     """The sizes."""
     equilibrium: EquilibriumOptions = EquilibriumOptions(
-        rtol=1e-2, max_steps=12, adjoint_rtol=1e-2, adjoint_max_steps=12
+        rtol=1e-2,
+        max_steps=12,
+        # A character sees later ones by less than the last digit of the bits.
+        test_rtol=1e-4,
+        test_max_steps=100,
+        adjoint_rtol=1e-2,
+        adjoint_max_steps=12,
     )
-    """The solver and the adjoint."""
+    """The solver, with another tolerance in the test, and the adjoint."""
     jacobian: JacobianOptions = JacobianOptions(
         jacobian_weight=2.0, jacobian_probability=0.4
     )

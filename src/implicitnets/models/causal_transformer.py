@@ -100,7 +100,8 @@ class CausalTransformerDEQ(AbstractModel):
     """A small language model: a transformer layer at equilibrium, without a memory.
 
     The model of the deq-jax library; [`implicitnets.models.DEQTransformer`][] is the
-    full model. The logits of a sequence are those of the token after each position.
+    full model, and says how causal a solve is. The logits of a sequence are those of
+    the token after each position.
     There are no statistics, so the `state` is empty.
 
     **Arguments:**

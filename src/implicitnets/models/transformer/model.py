@@ -40,6 +40,13 @@ class DEQTransformer(eqx.Module):
     A batch is one `jax.vmap`, with a memory and a key for each sequence. Use
     `equinox.nn.inference_mode` to evaluate.
 
+    An equilibrium is causal. A solve is not, as it treats the segment as one system: by
+    the residual that is left, a position sees the later ones. Before you report a
+    perplexity, make the solver's tolerance so small that it is below the last digit;
+    the [tutorial](../tutorials/language_model.py) measures it. A model that is unrolled
+    by [`implicitnets.set_fixed_depth`][], or that reads one position at a time, sees
+    nothing.
+
     Bai et al., *Deep Equilibrium Models*, 2019.
 
     **Arguments:**
