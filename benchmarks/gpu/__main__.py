@@ -66,10 +66,10 @@ PARTS: dict[str, tuple[Part, float]] = {
     "solvers": (lambda record, o: measure_solvers(record, o.small), 120),
     "images": (
         lambda record, o: training.train_images(record, o.small, o.data_dir),
-        45,
+        55,
     ),
     "text": (lambda record, o: training.train_text(record, o.small, o.text), 35),
-    "libraries": (lambda record, o: compare_libraries(record, o.small), 55),
+    "libraries": (lambda record, o: compare_libraries(record, o.small), 50),
     "depth": (lambda record, o: growth.grow_depth(record, o.small), 20),
     "batch": (lambda record, o: growth.grow_batch(record, o.small), 20),
     "sciml": (lambda record, o: training.train_sciml(record, o.small, o.mnist), 35),
