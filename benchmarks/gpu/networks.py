@@ -110,11 +110,20 @@ def he_uniform(model: Any, key: PRNGKeyArray) -> Any:
 def language_model(
     vocab_size: int, length: int, width: int, seed: int
 ) -> models.CausalTransformerDEQ:
-    """A transformer layer at equilibrium, without dropout."""
+    """A transformer layer at equilibrium, without dropout.
+
+    The embeddings are as large as those of the transformer with a memory: next to small
+    ones the cell sees hardly anything but its state, and does not contract.
+    """
     config = models.CausalTransformerConfig(
         vocab_size, length, width, num_heads=max(1, width // 64), dropout=0.0
     )
-    return models.CausalTransformerDEQ(config, key=jr.key(seed))
+    model = models.CausalTransformerDEQ(config, key=jr.key(seed))
+    return eqx.tree_at(
+        lambda model: (model.embedding.weight, model.positions),
+        model,
+        replace_fn=lambda embeddings: embeddings * width**0.5,
+    )
 
 
 def with_layer(model: Any, layer: inn.AbstractDeepEquilibriumNetwork) -> Any:
