@@ -66,18 +66,18 @@ The tables are also in [one JSON file](training/training.json). The
 GPU_REPORT = """\
 # Report on a GPU
 
-What the library launches on a GPU, and what it takes there: each table says whether it
-was counted in a compiled program or measured on a device. [On a GPU](gpu.md) says what
-follows from it. Two commands, of which the second one needs the device:
+What the library launches on a GPU, and what it takes there. Each section says whether it
+was counted in compiled programs or measured on a device, and on which. What is not here
+has not been measured. [On a GPU](gpu.md) says what follows from it. The second one of
+these commands needs the device, and the third one writes this page:
 
 ```bash
-python -m benchmarks.gpu_program
-python -m benchmarks.gpu --out FILE --data-dir FOLDER --text FILE --mnist FILE
-python -m benchmarks.report --page gpu_report --sections --found gpu=FILE
+python -m benchmarks.report --page gpu_report --sections gpu_program
+python -m benchmarks.gpu --out gpu.json --data-dir FOLDER --text FILE --mnist FILE
+python -m benchmarks.report --page gpu_report --sections --found gpu=gpu.json
 ```
 
-The third one writes this page. The tables are also in
-[one JSON file](gpu_report/gpu_report.json).
+The tables are also in [one JSON file](gpu_report/gpu_report.json).
 """
 PAGES = {
     "report": Page(REPORT, SECTIONS, headline),
