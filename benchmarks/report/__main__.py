@@ -66,10 +66,10 @@ The tables are also in [one JSON file](training/training.json). The
 GPU_REPORT = """\
 # Report on a GPU
 
-What the library launches on a GPU, and what it takes there. Each section says whether it
-was counted in compiled programs or measured on a device, and on which. What is not here
-has not been measured. [On a GPU](gpu.md) says what follows from it. The second one of
-these commands needs the device, and the third one writes this page:
+What the library launches on a GPU, and what it takes there. Each section says whether
+it was counted in compiled programs or measured on a device, and on which. What is not
+here has not been measured. [On a GPU](gpu.md) says what follows from it. The second one
+of these commands needs the device, and the third one writes this page:
 
 ```bash
 python -m benchmarks.report --page gpu_report --sections gpu_program
