@@ -9,6 +9,10 @@ import functools as ft
 from typing import Any
 
 import jax
+import jax.extend.core as jec
+import jax.interpreters.ad as ad
+import jax.interpreters.batching as batching
+import jax.interpreters.mlir as mlir
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
@@ -36,8 +40,8 @@ def history_set(
     """Replace one vector, in place where `row` is the same for a whole batch."""
 
     def replace(matrix, x):
-        x = x.reshape(-1).astype(matrix.dtype)
-        return jax.lax.dynamic_update_index_in_dim(matrix, x, row, axis=0)
+        x = x.reshape(1, -1).astype(matrix.dtype)
+        return _write_p.bind(matrix, x, jnp.asarray(row), axis=0)
 
     return jtu.tree_map(replace, history, vector)
 
@@ -78,3 +82,53 @@ def history_combine(
         return flat.reshape(x.shape)
 
     return jtu.tree_map(combine, history, like)
+
+
+# `jax.lax.dynamic_update_slice` of a batch is a scatter, also where all examples write
+# at one index (`_dynamic_update_slice_batching_rule` in `jax/_src/lax/slicing.py`). XLA
+# makes a slice of it again, but one that first reads what is there, in case that the
+# index is out of bounds: on a GPU that is two more kernels a write.
+_write_p = jec.Primitive("write_row")
+
+
+def _write(matrix, rows, index, *, axis):
+    return jax.lax.dynamic_update_slice_in_dim(matrix, rows, index, axis)
+
+
+def _abstract_eval(matrix, rows, index, *, axis):
+    structs = [
+        jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=x.sharding, manual_axis_type=x.manual_axis_type
+        )
+        for x in (matrix, rows, index)
+    ]
+    (aval,) = jax.make_jaxpr(ft.partial(_write, axis=axis))(*structs).out_avals
+    return aval
+
+
+def _batch(args, axes, *, axis):
+    matrix, rows, index = args
+    matrix_axis, rows_axis, index_axis = axes
+    if index_axis is not None:
+        write = ft.partial(_write, axis=axis)
+        return jax.vmap(write, in_axes=axes)(*args), 0
+    size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
+    matrix = batching.bdim_at_front(matrix, matrix_axis, size)
+    rows = batching.bdim_at_front(rows, rows_axis, size)
+    return _write_p.bind(matrix, rows, index, axis=axis + 1), 0
+
+
+def _jvp(primals, tangents, *, axis):
+    matrix, rows, index = primals
+    matrix_dot, rows_dot = map(ad.instantiate_zeros, tangents[:2])
+    return (
+        _write_p.bind(matrix, rows, index, axis=axis),
+        _write(matrix_dot, rows_dot, index, axis=axis),
+    )
+
+
+_write_p.def_impl(_write)
+_write_p.def_abstract_eval(_abstract_eval)
+batching.primitive_batchers[_write_p] = _batch
+ad.primitive_jvps[_write_p] = _jvp
+mlir.register_lowering(_write_p, mlir.lower_fun(_write, multiple_results=False))

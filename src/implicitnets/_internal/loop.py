@@ -11,6 +11,7 @@ read what has changed since. A loop that is no Optimistix solver marks the free 
 its carry by [`Unfrozen`][].
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -72,10 +73,12 @@ def while_loop(
     init_val = jtu.tree_map(jnp.asarray, init_val)
 
     def any_active(carry):
-        step, active, _ = carry
+        _, active, _ = carry
         # Unbatched, so that JAX's own batching rule adds no `select` of its own.
-        go_on = unvmap_any(active)
-        return go_on if max_steps is None else go_on & (step < max_steps)
+        return unvmap_any(active)
+
+    def within_limit(step, active):
+        return active if max_steps is None else active & (step < max_steps)
 
     def advance(carry):
         step, active, value = carry
@@ -90,9 +93,11 @@ def while_loop(
             return lax.select(jnp.broadcast_to(active, new.shape), new, old)
 
         new_value = jtu.tree_map(freeze, body_fun(value), value, is_leaf=_is_unfrozen)
-        return step + 1, active & cond_fun(new_value), new_value
+        active = within_limit(step + 1, active & cond_fun(new_value))
+        return step + 1, active, new_value
 
-    init = (jnp.array(0), jnp.asarray(cond_fun(init_val)), init_val)
+    active = within_limit(jnp.array(0), jnp.asarray(cond_fun(init_val)))
+    init = (jnp.array(0), active, init_val)
     _, _, final_val = lax.while_loop(any_active, advance, vary_as_next(advance, init))
     return final_val
 
@@ -102,10 +107,35 @@ def materialise(value: _Value, counter: Int[Array, ""]) -> _Value:
     # XLA on CPU fuses the end of a computation into every one of its readers, and so
     # computes it again in each: a group norm or a `tanh` at the end of a cell four
     # times a step. A branch is a border to fusion, where `optimization_barrier` is
-    # removed before it. XLA does not know that the counter is never negative.
-    return lax.cond(
-        counter >= 0,
-        lambda x: x,
-        lambda x: jtu.tree_map(jnp.zeros_like, x),
+    # removed before it. XLA does not know that the counter is never negative. On an
+    # accelerator the branch would wait for the device, and fusion is what pays there.
+    return lax.platform_dependent(
         value,
+        counter,
+        cpu=lambda value, counter: lax.cond(
+            counter >= 0,
+            lambda x: x,
+            lambda x: jtu.tree_map(jnp.zeros_like, x),
+            value,
+        ),
+        default=lambda value, counter: value,
+    )
+
+
+def cheap_cond(
+    pred: Bool[Array, ""],
+    true_fun: Callable[[], _Value],
+    false_fun: Callable[[], _Value],
+) -> _Value:
+    """As `jax.lax.cond`; an accelerator computes both branches and selects.
+
+    There a branch waits until the device has told its predicate, which takes longer
+    than some passes over the state.
+    """
+
+    def select():
+        return jtu.tree_map(ft.partial(jnp.where, pred), true_fun(), false_fun())
+
+    return lax.platform_dependent(
+        cpu=lambda: lax.cond(pred, true_fun, false_fun), default=select
     )

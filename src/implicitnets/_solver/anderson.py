@@ -1,7 +1,6 @@
 from typing import Any
 
 import equinox as eqx
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -15,8 +14,9 @@ from .._internal.checks import (
     POSITIVE,
     Range,
 )
+from .._internal.elimination import eliminate
 from .._internal.history import empty_history, history_combine, history_dot, history_set
-from .._internal.loop import materialise, SolverState
+from .._internal.loop import cheap_cond, materialise, SolverState
 from .._internal.pytree import (
     tree_cast_like,
     tree_dot,
@@ -42,31 +42,20 @@ def solve_gram(
     gram: Float[Array, " n n"], vector: Float[Array, " n"], ridge: Scalar
 ) -> Float[Array, " n"]:
     """Solve a small symmetric positive semidefinite system, without ever giving NaN."""
-    # Gauss-Jordan elimination of `(S G S + ridge I) S^-1 x = S v`, where `S` scales the
-    # diagonal to one, so that the ridge is relative. An entry that depends on those
-    # before it, or whose row and column are zero, gets the coefficient zero.
-    size = vector.shape[0]
+    # The ridge is relative to the diagonal. An entry that depends on those before it,
+    # or whose row and column are zero, gets the coefficient zero.
     diagonal = jnp.diagonal(gram)
-    scale = jnp.where(
-        diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0
+    regularised = gram + ridge * gram * jnp.eye(vector.shape[0], dtype=gram.dtype)
+    return eliminate(
+        regularised, vector, lambda k, pivot: pivot > 0.5 * ridge * diagonal[k]
     )
-    system = scale[:, None] * gram * scale[None, :] + ridge * jnp.eye(
-        size, dtype=gram.dtype
-    )
-    system = jnp.concatenate([system, (scale * vector)[:, None]], axis=1)
-    index = jnp.arange(size)
-    # Arithmetic, not LAPACK: faster for a batch of tiny systems, and it exports. The
-    # columns that are done are dropped as it goes.
-    for i in range(size):
-        pivot = system[i, 0]
-        usable = pivot > 0.5 * ridge
-        row = jnp.where(usable, system[i, 1:] / jnp.where(usable, pivot, 1), 0)
-        system = jnp.where(
-            (index == i)[:, None],
-            row[None, :],
-            system[:, 1:] - system[:, :1] * row[None, :],
-        )
-    return scale * system[:, 0]
+
+
+def _replace_row_and_column(matrix, i, row):
+    # Selects, which fuse with what is around them; a write would not.
+    here = jnp.arange(row.shape[0]) == i
+    matrix = jnp.where(here[:, None], row[None, :], matrix)
+    return jnp.where(here[None, :], row[:, None], matrix)
 
 
 def _subtract(x: Y, y: Y, dtype: Any) -> Y:
@@ -169,7 +158,7 @@ class AndersonAcceleration(
         )
         history = self._remember(free, num_steps, f, residual)
         # The counter is the same for a whole batch, so this branches under `vmap` too.
-        new_y = lax.cond(
+        new_y = cheap_cond(
             (num_steps - 1) % self.period == 0,
             lambda: self._extrapolate(history, num_steps),
             lambda: self._damp(f, residual),
@@ -197,13 +186,14 @@ class AndersonAcceleration(
         # pass over the history. Where `dr_new` itself has just been written, the old
         # projection is that of what was there before.
         row = projection - history.projection
-        row = row.at[slot].set(tree_dot(residual_difference, residual_difference))
+        square = tree_dot(residual_difference, residual_difference)
+        row = jnp.where(jnp.arange(self.history_size) == slot, square, row)
         return _History(
             f=f,
             residual=residual,
             f_differences=history_set(history.f_differences, slot, f_difference),
             residual_differences=residual_differences,
-            gram=history.gram.at[slot, :].set(row).at[:, slot].set(row),
+            gram=_replace_row_and_column(history.gram, slot, row),
             projection=projection,
         )
 

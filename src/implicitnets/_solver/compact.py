@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from .._internal.elimination import eliminate
 from .._internal.history import (
     history_combine,
     history_dot,
@@ -167,18 +168,7 @@ def matvec(
 def solve(
     matrix: Float[Array, " n n"], vector: Float[Array, " n"]
 ) -> Float[Array, " n"]:
-    """Gauss-Jordan elimination in the order of the updates."""
+    """Elimination in the order of the updates."""
     # A pivot is the denominator of an update, given the updates before it. Where it
     # vanishes the update would make the Jacobian singular, and is left out.
-    size = vector.shape[0]
-    index = jnp.arange(size)
-
-    def eliminate(i, system):
-        pivot = system[i, i]
-        usable = jnp.abs(pivot) > _MIN_PIVOT
-        row = jnp.where(usable, system[i] / jnp.where(usable, pivot, 1), 0)
-        rest = system - system[:, i, None] * row[None, :]
-        return jnp.where((index == i)[:, None], row[None, :], rest)
-
-    system = jnp.concatenate([matrix, vector[:, None]], axis=1)
-    return jax.lax.fori_loop(0, size, eliminate, system)[:, -1]
+    return eliminate(matrix, vector, lambda _, pivot: jnp.abs(pivot) > _MIN_PIVOT)
