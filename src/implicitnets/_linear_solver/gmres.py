@@ -27,7 +27,7 @@ from .matrix_free import AbstractMatrixFreeSolver
 # then lost accuracy to cancellation, and the losses of the steps multiply
 # (Giraud et al., *The loss of orthogonality in the Gram-Schmidt orthogonalization
 # process*, 2005).
-_CANCELLATION = 0.5
+_CANCELLATION = 0.1
 
 # A column of the triangular factor that is this many roundings long counts as zero.
 _SINGULAR = 10
@@ -177,6 +177,7 @@ class _Cycle(eqx.Module):
     num_columns: Int[Array, ""]
     residual_norm: Scalar
     exhausted: Bool[Array, ""]
+    cancelled: Bool[Array, ""]
 
 
 def _norm(vector: PyTree[Array]) -> Scalar:
@@ -213,12 +214,13 @@ def _run_cycle(system: _System, solve: _Solve) -> _Solve:
 
     def goes_on(cycle):
         unfinished = (cycle.residual_norm > system.target) & ~cycle.exhausted
+        unfinished = unfinished & ~cycle.cancelled
         room = cycle.column.value < system.restart
         return unfinished & room & system.affords(solve.num_steps + cycle.num_columns)
 
     cycle = while_loop(
         goes_on,
-        lambda cycle: _arnoldi_step(system, start_norm, cycle, goes_on(cycle)),
+        lambda cycle: _arnoldi_step(system, start_norm, cycle),
         _start_cycle(system, solve),
     )
     combination, rounding_error = _combine(cycle, system.vector, start_norm)
@@ -267,7 +269,7 @@ def _verify(
         num_steps=num_steps + jnp.where(check, 1, 0),
         verified=verified | check,
         stagnation=stagnation,
-        singular=cycle.exhausted | ~accurate,
+        singular=cycle.exhausted | cycle.cancelled | ~accurate,
         num_cycles=Unfrozen(solve.num_cycles.value + 1),
         basis=cycle.basis,
     )
@@ -286,19 +288,18 @@ def _start_cycle(system: _System, solve: _Solve) -> _Cycle:
         num_columns=jnp.array(0),
         residual_norm=norm,
         exhausted=jnp.array(False),
+        cancelled=jnp.array(False),
     )
 
 
-def _arnoldi_step(
-    system: _System, start_norm: Scalar, cycle: _Cycle, active: Bool[Array, ""]
-) -> _Cycle:
+def _arnoldi_step(system: _System, start_norm: Scalar, cycle: _Cycle) -> _Cycle:
     j = cycle.column.value
     basis = cycle.basis.value
     rows = jnp.arange(system.restart + 1)
     newest = history_get(basis, j, system.vector)
     image = system.product(system.precondition(newest))
     image_norm = _norm(image)
-    image, projections, norm = _project_out(basis, newest, image, rows, j, active)
+    image, projections, norm, cancelled = _project_out(basis, newest, image, rows, j)
     last = rows == j + 1
     radius, rotation, last_row = _rotate(cycle.last_row.value, projections, norm, last)
     # The Krylov space maps into a smaller one, and the column adds nothing.
@@ -314,6 +315,7 @@ def _arnoldi_step(
         num_columns=cycle.num_columns + 1,
         residual_norm=jnp.where(exhausted, cycle.residual_norm, residual_norm),
         exhausted=exhausted,
+        cancelled=cancelled,
     )
 
 
@@ -323,24 +325,19 @@ def _project_out(
     image: PyTree[Array],
     rows: Int[Array, " rows"],
     j: Int[Array, ""],
-    active: Bool[Array, ""],
-) -> tuple[PyTree[Array], Float[Array, " rows"], Scalar]:
-    """A product without its projections on the basis, twice if there is need."""
+) -> tuple[PyTree[Array], Float[Array, " rows"], Scalar, Bool[Array, ""]]:
+    """A product without its projections on the basis, and whether they were most."""
     # The operator of an implicit adjoint has most of the product along the vector
     # itself. Without that first there is little to cancel.
     along = tree_dot(newest, image)
     image = jtu.tree_map(lambda x, v: x - along * v, image, newest)
-    once = _orthogonalise(basis, image, rows <= j)
-    cancelled = active & (once[2] < _CANCELLATION * _norm(image))
-
-    def again():
-        vector, projections, norm = _orthogonalise(basis, once[0], rows <= j)
-        twice = vector, once[1] + projections, norm
-        # By the example, so that none depends on its neighbours.
-        return jtu.tree_map(lambda x, y: jnp.where(cancelled, x, y), twice, once)
-
-    image, projections, norm = lax.cond(unvmap_any(cancelled), again, lambda: once)
-    return image, projections + jnp.where(rows == j, along, 0), norm
+    image_norm = _norm(image)
+    projections = jnp.where(rows <= j, history_dot(basis, image), 0)
+    span = history_combine(projections, basis, image)
+    image = jtu.tree_map(jnp.subtract, image, span)
+    norm = _norm(image)
+    cancelled = norm < _CANCELLATION * image_norm
+    return image, projections + jnp.where(rows == j, along, 0), norm, cancelled
 
 
 def _rotate(
@@ -361,18 +358,6 @@ def _rotate(
     rotation = jnp.where(last, sin, cos * last_row)
     new_last_row = jnp.where(last, cos, -sin * last_row)
     return radius, rotation, new_last_row
-
-
-def _orthogonalise(
-    basis: PyTree[Array], vector: PyTree[Array], filled: Bool[Array, " rows"]
-) -> tuple[PyTree[Array], Float[Array, " rows"], Scalar]:
-    """Classical Gram-Schmidt: the vector, its projections, and the norm left over."""
-    # All of the basis at once, the part not filled yet included: two products with a
-    # matrix, which is faster than a loop over the part that is.
-    projections = jnp.where(filled, history_dot(basis, vector), 0)
-    span = history_combine(projections, basis, vector)
-    vector = jtu.tree_map(jnp.subtract, vector, span)
-    return vector, projections, _norm(vector)
 
 
 def _combine(
