@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 Index: TypeAlias = int | Int[Array, ""]
 
-# Number by number the program grows with the cube of the size.
+# Number by number a program grows with the cube of the size, or with its square.
 _MOST_ROWS = 10
+_MOST_TRIANGULAR_ROWS = 24
 
 
 def eliminate(
@@ -43,6 +44,46 @@ def eliminate(
     # compiles ten times as fast.
     by_number = ft.partial(_number_by_number, is_usable=is_usable)
     return lax.platform_dependent(matrix, vector, cpu=by_row, default=by_number)
+
+
+def back_substitute(
+    matrix: Float[Array, " n n"], vector: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """Solve a small system whose matrix is unit upper triangular.
+
+    **Arguments:**
+
+    - `matrix`: only what is above the diagonal is read.
+    - `vector`: the right-hand side.
+
+    **Returns:**
+
+    The solution.
+    """
+    if vector.shape[0] > _MOST_TRIANGULAR_ROWS:
+        return _substitute_by_row(matrix, vector)
+    return lax.platform_dependent(
+        matrix, vector, cpu=_substitute_by_row, default=_substitute_by_number
+    )
+
+
+def _substitute_by_row(matrix, vector):
+    size = vector.shape[0]
+    rows = jnp.arange(size)
+
+    def substitute(i, solution):
+        j = size - 1 - i
+        return jnp.where(rows < j, solution - matrix[:, j] * solution[j], solution)
+
+    return lax.fori_loop(0, size, substitute, vector)
+
+
+def _substitute_by_number(matrix, vector):
+    solution = list(vector)
+    for k in reversed(range(vector.shape[0])):
+        for i in range(k):
+            solution[i] = solution[i] - matrix[i, k] * solution[k]
+    return jnp.stack(solution)
 
 
 def _inverse(k, pivot, is_usable):

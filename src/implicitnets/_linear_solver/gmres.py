@@ -9,6 +9,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
 from .._internal.checks import check_integer, check_tolerances, integer
+from .._internal.elimination import back_substitute
 from .._internal.history import (
     empty_history,
     history_combine,
@@ -37,6 +38,9 @@ _ROUNDINGS = 4
 
 # A cycle that ends with more than this share of its residual has stagnated.
 _STAGNATION = 0.999
+
+# From this share on, rounding is most of a residual.
+_ROUNDED = 0.5
 
 
 class GivensGMRES(AbstractMatrixFreeSolver):
@@ -170,8 +174,8 @@ class _Cycle(eqx.Module):
     # past an example's `num_columns`, so that a finished example's basis and factors
     # may go on changing.
     basis: Unfrozen[PyTree[Array]]
-    hessenberg: Unfrozen[Float[Array, " columns rows"]]  # transposed
-    rotation: Unfrozen[Float[Array, " columns rows"]]
+    # Of the Hessenberg matrix a column, and of the orthogonal factor a row.
+    factors: Unfrozen[Float[Array, " columns 2*rows"]]
     last_row: Unfrozen[Float[Array, " rows"]]
     column: Unfrozen[Int[Array, ""]]
     num_columns: Int[Array, ""]
@@ -252,11 +256,19 @@ def _verify(
     norm = jnp.where(check, _norm(residual), cycle.residual_norm)
     # Negated, so that it is true of NaN.
     stagnation = check & ~(norm <= _STAGNATION * solve.residual_norm)
+    # What the rotations do not know of is rounding. If that is most of the residual and
+    # most of it was there before, then products are no more accurate than this.
+    rounded = cycle.residual_norm < _ROUNDED * norm
+    stagnation = stagnation | (
+        check
+        & rounded
+        & (norm > jnp.maximum(_ROUNDED * solve.residual_norm, system.target))
+    )
     # A cycle that overflowed by itself is taken back. One whose products are not finite
     # is not: the operator is to blame, and the solution NaN.
     spoilt = ~jnp.isfinite(cycle.residual_norm)
     norm = jnp.where(spoilt, jnp.nan, norm)
-    take_back = stagnation & ~spoilt
+    take_back = stagnation & ~spoilt & ~(norm < solve.residual_norm)
     new = solution, residual, norm
     old = solve.solution, solve.residual, solve.residual_norm
     solution, residual, norm = jtu.tree_map(
@@ -277,12 +289,10 @@ def _verify(
 
 def _start_cycle(system: _System, solve: _Solve) -> _Cycle:
     norm, num_rows = solve.residual_norm, system.restart + 1
-    rows = jnp.zeros((system.restart, num_rows), norm.dtype)
     first = _divide(solve.residual, norm)
     return _Cycle(
         basis=Unfrozen(history_set(solve.basis.value, 0, first)),
-        hessenberg=Unfrozen(rows),
-        rotation=Unfrozen(rows),
+        factors=Unfrozen(jnp.zeros((system.restart, 2 * num_rows), norm.dtype)),
         last_row=Unfrozen(jnp.zeros(num_rows, norm.dtype).at[0].set(1)),
         column=Unfrozen(jnp.array(0)),
         num_columns=jnp.array(0),
@@ -305,11 +315,10 @@ def _arnoldi_step(system: _System, start_norm: Scalar, cycle: _Cycle) -> _Cycle:
     # The Krylov space maps into a smaller one, and the column adds nothing.
     exhausted = radius <= _SINGULAR * jnp.finfo(norm.dtype).eps * image_norm
     residual_norm = start_norm * jnp.abs(last_row[0])
-    column = jnp.where(last, norm, projections)
+    factors = jnp.concatenate([jnp.where(last, norm, projections), rotation])
     return _Cycle(
         basis=Unfrozen(history_set(basis, j + 1, _divide(image, norm))),
-        hessenberg=Unfrozen(history_set(cycle.hessenberg.value, j, column)),
-        rotation=Unfrozen(history_set(cycle.rotation.value, j, rotation)),
+        factors=Unfrozen(history_set(cycle.factors.value, j, factors)),
         last_row=Unfrozen(last_row),
         column=Unfrozen(j + 1),
         num_columns=cycle.num_columns + 1,
@@ -369,7 +378,7 @@ def _combine(
 
     The element, and a bound on how far rounding puts its residual off.
     """
-    hessenberg, rotation = cycle.hessenberg.value, cycle.rotation.value
+    hessenberg, rotation = jnp.split(cycle.factors.value, 2, axis=1)
     restart = rotation.shape[0]
     columns = jnp.arange(restart)
     triangle = jnp.dot(rotation, hessenberg.T, precision=lax.Precision.HIGHEST)
@@ -377,16 +386,9 @@ def _combine(
     num_columns = cycle.num_columns - jnp.where(cycle.exhausted, 1, 0)
     usable = (columns < num_columns) & (pivots != 0)
     inverses = jnp.where(usable, 1 / jnp.where(usable, pivots, 1), 0)
-
-    def substitute(i, coefficients):
-        j = restart - 1 - i
-        value = coefficients[j] * inverses[j]
-        rest = coefficients - triangle[:, j] * value
-        coefficients = jnp.where(columns < j, rest, coefficients)
-        return jnp.where(columns == j, value, coefficients)
-
-    coefficients = jnp.where(usable, start_norm * rotation[:, 0], 0)
-    coefficients = lax.fori_loop(0, restart, substitute, coefficients)
+    # Scaled to a unit diagonal; what is not usable takes no part.
+    triangle = jnp.where(usable[:, None], triangle * inverses[:, None], 0)
+    coefficients = back_substitute(triangle, inverses * start_norm * rotation[:, 0])
     image_norms = jnp.sqrt(jnp.sum(hessenberg**2, axis=1))
     largest = jnp.max(jnp.abs(coefficients) * image_norms)
     rounding_error = _ROUNDINGS * jnp.finfo(pivots.dtype).eps * largest

@@ -23,12 +23,11 @@ from .._internal.types import Answer, Aux, Norm, Verdict, Y
 from .._internal.unvmap import unvmap_any
 from .abstract import AbstractSolver, Problem
 from .compact import (
-    border,
-    border_inverse,
     InverseJacobian,
     matvec,
+    replace,
+    replace_in_inverse,
     Secant,
-    shift,
     solve,
     Updates,
 )
@@ -60,7 +59,7 @@ class BroydenState(eqx.Module):
 
 
 class _Core(eqx.Module):
-    """Small things, in the order of the updates.
+    """Small things, in the order of the ring buffers.
 
     `projections` are those of the base's residual on `Q`. `inverse` is that of `A` if
     all updates are bad.
@@ -79,6 +78,7 @@ class _Memory(eqx.Module):
     residual_norm: Scalar
     num_backtracks: Int[Array, ""]
     core: _Core
+    finished: Bool[Array, ""]
 
 
 def inverse_jacobian(state: BroydenState) -> InverseJacobian:
@@ -177,6 +177,7 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
                 inverse=jnp.zeros((m, m), dtype),
                 is_good=jnp.zeros(m, bool),
             ),
+            finished=jnp.array(False),
         )
         return kept, memory
 
@@ -201,22 +202,20 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
             progress,
             (progress.diverged & ~reject, progress.finite | reject),
         )
-        done, result = self._verdict(kept)
-        finished = done | (result != optx.RESULTS.successful)
         stalled = num_stalled >= _STALLED_BEFORE_GOOD
         secant, overflown = self._secant(
             free, z, residual, stalled, usable=(num_steps > 0) & ~reject
         )
         slot = (num_steps - 1) % self.history_size
         updates, core, weights = _learn(
-            kept.updates.value, free.core, secant, residual, slot, reject, finished
+            kept.updates.value, free.core, secant, residual, slot, reject, free.finished
         )
 
         # A quarter of a step that has overflowed would overflow again. The value at the
         # base is finite, and plain iteration leads there.
         overflown = reject & overflown
         trusted = jnp.all(jnp.isfinite(weights)) & ~overflown
-        weights = jnp.roll(jnp.where(trusted, weights, 0), slot + 1)
+        weights = jnp.where(trusted, weights, 0)
         correction = history_combine(weights, updates.w, residual)
         base, base_residual = jtu.tree_map(
             lambda new, old: jnp.where(reject, old, new),
@@ -237,12 +236,14 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
             num_rejected_steps=kept.num_rejected_steps + jnp.where(reject, 1, 0),
             updates=Unfrozen(updates),
         )
+        done, result = self._verdict(new_kept)
         memory = _Memory(
             base=base,
             residual=base_residual,
             residual_norm=jnp.where(reject, free.residual_norm, residual_norm),
             num_backtracks=jnp.where(reject, free.num_backtracks + 1, 0),
             core=core,
+            finished=free.finished | done | (result != optx.RESULTS.successful),
         )
         return new_y, new_kept, memory, aux
 
@@ -309,14 +310,15 @@ def _learn(
 ) -> tuple[Updates, _Core, Float[Array, " history"]]:
     """With a secant, and the weights in `W` of the correction at the base."""
     q, w = updates.remember(secant, slot, frozen=finished)
-    projections = jnp.roll(history_dot(q, residual), -slot - 1)
+    newest = jnp.arange(core.is_good.shape[0]) == slot
+    projections = history_dot(q, residual)
     # Those of the base on the rows that are left. The row of a rejected step is zero.
-    old_projections = shift(core.projections, jnp.zeros_like(secant.step_scale))
-    column = _new_column(secant, projections - old_projections)
+    old_projections = jnp.where(newest, 0, core.projections)
+    column = _new_column(secant, projections - old_projections, newest)
     core = _Core(
         projections=jnp.where(reject, old_projections, projections),
-        inverse=border_inverse(core.inverse, column, secant.usable),
-        is_good=shift(core.is_good, secant.good),
+        inverse=replace_in_inverse(core.inverse, newest, column, secant.usable),
+        is_good=jnp.where(newest, secant.good, core.is_good),
     )
 
     def only_bad():
@@ -324,19 +326,22 @@ def _learn(
 
     def some_good():
         row = secant.step_scale * history_dot(w, secant.step)
-        row = jnp.where(secant.good, jnp.roll(row, -slot - 1), 0)
-        return row, solve(border(updates.matrix, row, column), core.projections)
+        row = jnp.where(secant.good, row, 0)
+        matrix = replace(updates.matrix, newest, row, column)
+        return row, solve(matrix, core.projections, slot + 1)
 
     # Asked of the whole batch: with a batched predicate both branches are run.
     any_good = unvmap_any(jnp.any(core.is_good))
     row, weights = jax.lax.cond(any_good, some_good, only_bad)
-    matrix = border(updates.matrix, row, column)
+    matrix = replace(updates.matrix, newest, row, column)
     matrix = jnp.where(finished, updates.matrix, matrix)
     return Updates(q, w, matrix), core, weights
 
 
 def _new_column(
-    secant: Secant, difference: Float[Array, " history"]
+    secant: Secant,
+    difference: Float[Array, " history"],
+    newest: Bool[Array, " history"],
 ) -> Float[Array, " history"]:
     """Of `A`, from the differences of projections: no pass over the history."""
     column = jnp.where(secant.usable, secant.change_scale * difference, 0)
@@ -344,4 +349,4 @@ def _new_column(
     cosine = secant.step_scale * secant.change_scale
     cosine = cosine * tree_dot(secant.step, secant.change)
     corner = jnp.where(secant.good, cosine, 1)
-    return column.at[-1].set(jnp.where(secant.usable, corner, 0))
+    return jnp.where(newest, jnp.where(secant.usable, corner, 0), column)

@@ -47,13 +47,15 @@ class Updates(eqx.Module):
 
     Every update has a row `(s + y) / |y|` in `W`, and in `Q` a row `y / |y|` (bad
     update) or `s / |s|` (good update). With the rows `y / |y|` of `Y`, the matrix `A`
-    is `Q Y^T` on and above the diagonal. Below the diagonal it is zero in the row of a
-    bad update, and `Q W^T` in the row of a good one.
+    is `Q Y^T` on and above the diagonal, in the order of the updates. Below the
+    diagonal it is zero in the row of a bad update, and `Q W^T` in the row of a good
+    one.
 
     **Attributes:**
 
     - `q`, `w`: ring buffers.
-    - `matrix`: `A`, in the order of the updates.
+    - `matrix`: `A`, its rows and columns in the order of the buffers. So an update
+        changes one of each, and nothing moves.
     """
 
     q: PyTree[Array]
@@ -93,12 +95,12 @@ class Updates(eqx.Module):
         """The inverse Jacobian after this many updates, those dropped included."""
         size = self.matrix.shape[0]
         identity = jnp.eye(size, dtype=self.matrix.dtype)
-        core = jax.vmap(solve, in_axes=(None, 1), out_axes=1)(self.matrix, identity)
+        oldest = num_updates % size
+        core = jax.vmap(solve, in_axes=(None, 1, None), out_axes=1)(
+            self.matrix, identity, oldest
+        )
         finite = jnp.all(jnp.isfinite(self.matrix)) & jnp.all(jnp.isfinite(core))
         core = jnp.where(finite, core, 0)
-        # From the order of the updates to that of the ring buffers.
-        shift = num_updates % size
-        core = jnp.roll(jnp.roll(core, shift, axis=0), shift, axis=1)
         return InverseJacobian(q=self.q, w=self.w, core=core, finite=finite)
 
 
@@ -131,29 +133,30 @@ class InverseJacobian(eqx.Module):
         return InverseJacobian(q=self.w, w=self.q, core=self.core.T, finite=self.finite)
 
 
-def shift(values: Array, newest: Array) -> Array:
-    """Drop the oldest entry and append one."""
-    return jnp.concatenate([values[1:], newest[None]])
-
-
-def border(
-    matrix: Float[Array, " n n"], row: Float[Array, " n"], column: Float[Array, " n"]
+def replace(
+    matrix: Float[Array, " n n"],
+    newest: Bool[Array, " n"],
+    row: Float[Array, " n"],
+    column: Float[Array, " n"],
 ) -> Float[Array, " n n"]:
-    """Drop the oldest row and column and append new ones, `column` with the corner."""
-    matrix = jnp.concatenate([matrix[1:, 1:], row[None, :-1]])
-    return jnp.concatenate([matrix, column[:, None]], axis=1)
+    """Replace the row and the column of the oldest update, `column` with the corner."""
+    matrix = jnp.where(newest[:, None], row[None, :], matrix)
+    return jnp.where(newest[None, :], column[:, None], matrix)
 
 
-def border_inverse(
-    inverse: Float[Array, " n n"], column: Float[Array, " n"], usable: Bool[Array, ""]
+def replace_in_inverse(
+    inverse: Float[Array, " n n"],
+    newest: Bool[Array, " n"],
+    column: Float[Array, " n"],
+    usable: Bool[Array, ""],
 ) -> Float[Array, " n n"]:
-    """The inverse of a matrix after `border`, if that is unit upper triangular."""
+    """The inverse of a matrix after `replace`, if that is unit upper triangular."""
     # What is left of the inverse when the oldest update is dropped is the inverse of
     # what is left of the matrix. So the inverse is never computed from scratch.
     zeros = jnp.zeros_like(column)
-    inverse_column = -matvec(border(inverse, zeros, zeros), column)
-    inverse_column = inverse_column.at[-1].set(jnp.where(usable, 1, 0))
-    return border(inverse, zeros, inverse_column)
+    inverse_column = -matvec(replace(inverse, newest, zeros, zeros), column)
+    inverse_column = jnp.where(newest, jnp.where(usable, 1, 0), inverse_column)
+    return replace(inverse, newest, zeros, inverse_column)
 
 
 def matvec(
@@ -166,9 +169,13 @@ def matvec(
 
 
 def solve(
-    matrix: Float[Array, " n n"], vector: Float[Array, " n"]
+    matrix: Float[Array, " n n"], vector: Float[Array, " n"], oldest: Int[Array, ""]
 ) -> Float[Array, " n"]:
-    """Elimination in the order of the updates."""
+    """Elimination in the order of the updates, of which the oldest is in this row."""
     # A pivot is the denominator of an update, given the updates before it. Where it
     # vanishes the update would make the Jacobian singular, and is left out.
-    return eliminate(matrix, vector, lambda _, pivot: jnp.abs(pivot) > _MIN_PIVOT)
+    matrix = jnp.roll(jnp.roll(matrix, -oldest, axis=0), -oldest, axis=1)
+    solution = eliminate(
+        matrix, jnp.roll(vector, -oldest), lambda _, pivot: jnp.abs(pivot) > _MIN_PIVOT
+    )
+    return jnp.roll(solution, oldest)
