@@ -1,7 +1,11 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+import implicitnets as inn
 from implicitnets._internal.history import empty_history, history_set
 from implicitnets._internal.loop import Unfrozen, while_loop
 
@@ -56,3 +60,24 @@ def test_nested_vmap():
     starts = jnp.arange(4).reshape(2, 2)
     value, _ = jax.jit(jax.vmap(jax.vmap(lambda s: count_up(s, 3))))(starts)
     assert np.array_equal(value, np.full((2, 2), 3))
+
+
+def branches(text):
+    """Of a lowered program, without those that ask for the platform."""
+    branches = re.findall(r'(%\w+) = "stablehlo.case"\((%\w+)\)', text)
+    of_platform = {name for name, index in branches if index.startswith("%c")}
+    return [i for _, i in branches if not i.startswith("%c") and i not in of_platform]
+
+
+@pytest.mark.one_precision
+@pytest.mark.parametrize(("platform", "count"), [("cpu", 3), ("cuda", 1)])
+def test_a_step_does_not_branch_on_an_accelerator(platform, count):
+    def solve(xs):
+        layer = inn.DeepEquilibriumNetwork(lambda z, x: jnp.tanh(0.5 * z + x))
+        return jax.vmap(layer)(xs)
+
+    traced = jax.jit(jax.grad(lambda xs: jnp.sum(solve(xs)))).trace(jnp.ones((2, 3)))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    # The one left is the product that verifies a cycle of GMRES. A CPU branches in
+    # every step of Anderson acceleration twice.
+    assert len(branches(text)) == count

@@ -345,6 +345,36 @@ def test_stays_orthogonal(getkey):
     assert _relative_residual(matrix, solution.value, b) <= 1.5e-4
 
 
+def test_ends_where_products_are_rounded(getkey):
+    # Products of 10 and of 7 bits, as of TensorFloat32 and of bfloat16.
+    n, batch = 64, 16
+    matrix = 0.9 * jr.normal(getkey(), (n, n)) / n**0.5
+    vectors = jr.normal(getkey(), (batch, n))
+
+    def rounded(x, bits):
+        unit = jnp.exp2(jnp.floor(jnp.log2(jnp.abs(x))) - bits)
+        return jnp.where(x == 0, 0, jnp.round(x / unit) * unit)
+
+    @jax.jit
+    def solve_all(bits):
+        def solve(b):
+            def product(x):
+                return x - rounded(matrix, bits) @ rounded(x, bits)
+
+            solver = inn.GivensGMRES(1e-6, 0.0)
+            solution, result, stats = solver._solve(product, b, {})
+            residual = jnp.linalg.norm(b - product(solution)) / jnp.linalg.norm(b)
+            return result == lx.RESULTS.stagnation, stats["num_steps"], residual
+
+        return jax.vmap(solve)(vectors)
+
+    for bits in (10, 7):
+        stagnated, num_steps, residual = solve_all(bits)
+        assert jnp.all(stagnated)
+        assert jnp.all(num_steps < 150)
+        assert jnp.all(residual < 2.0 ** (3 - bits))
+
+
 def test_traced_tolerances_do_not_recompile(getkey):
     matrix, b = _random(getkey(), 10), jr.normal(getkey(), (10,))
     num_traces = 0
