@@ -24,10 +24,10 @@ from .._internal.unvmap import unvmap_any
 from .matrix_free import AbstractMatrixFreeSolver
 
 
-# Orthogonalise a second time if less than this share of a product was left: it has
-# then lost accuracy to cancellation, and the losses of the steps multiply
-# (Giraud et al., *The loss of orthogonality in the Gram-Schmidt orthogonalization
-# process*, 2005).
+# What orthogonalisation leaves of a product has lost accuracy to cancellation, and so
+# the basis its orthogonality (Giraud et al., *The loss of orthogonality in the
+# Gram-Schmidt orthogonalization process*, 2005). If it leaves less than this share, the
+# rotations are not trusted. If half of the digits are lost, the cycle ends.
 _CANCELLATION = 0.1
 
 # A column of the triangular factor that is this many roundings long counts as zero.
@@ -39,8 +39,9 @@ _ROUNDINGS = 4
 # A cycle that ends with more than this share of its residual has stagnated.
 _STAGNATION = 0.999
 
-# From this share on, rounding is most of a residual.
-_ROUNDED = 0.5
+# If this share of a residual is rounding, and was there before the cycle, then products
+# are no more accurate than that.
+_ROUNDING = 0.5
 
 
 class GivensGMRES(AbstractMatrixFreeSolver):
@@ -181,7 +182,7 @@ class _Cycle(eqx.Module):
     num_columns: Int[Array, ""]
     residual_norm: Scalar
     exhausted: Bool[Array, ""]
-    cancelled: Bool[Array, ""]
+    least_share: Scalar
 
 
 def _norm(vector: PyTree[Array]) -> Scalar:
@@ -218,7 +219,7 @@ def _run_cycle(system: _System, solve: _Solve) -> _Solve:
 
     def goes_on(cycle):
         unfinished = (cycle.residual_norm > system.target) & ~cycle.exhausted
-        unfinished = unfinished & ~cycle.cancelled
+        unfinished = unfinished & ~_is_spent(cycle)
         room = cycle.column.value < system.restart
         return unfinished & room & system.affords(solve.num_steps + cycle.num_columns)
 
@@ -230,6 +231,10 @@ def _run_cycle(system: _System, solve: _Solve) -> _Solve:
     combination, rounding_error = _combine(cycle, system.vector, start_norm)
     solution = jtu.tree_map(jnp.add, solve.solution, system.precondition(combination))
     return _verify(system, solve, cycle, solution, rounding_error)
+
+
+def _is_spent(cycle: _Cycle) -> Bool[Array, ""]:
+    return cycle.least_share < jnp.sqrt(jnp.finfo(cycle.least_share.dtype).eps)
 
 
 def _verify(
@@ -244,6 +249,7 @@ def _verify(
     # The rotations tell the residual of exact arithmetic. That is as good as the true
     # one, which costs a product, unless there was much to round.
     trusted = system.from_zero & (solve.num_cycles.value == 0)
+    trusted = trusted & (cycle.least_share >= _CANCELLATION)
     accurate = rounding_error <= system.target
     verified = trusted & accurate & (cycle.residual_norm <= system.target)
     check = ~verified & system.affords(num_steps)
@@ -256,13 +262,12 @@ def _verify(
     norm = jnp.where(check, _norm(residual), cycle.residual_norm)
     # Negated, so that it is true of NaN.
     stagnation = check & ~(norm <= _STAGNATION * solve.residual_norm)
-    # What the rotations do not know of is rounding. If that is most of the residual and
-    # most of it was there before, then products are no more accurate than this.
-    rounded = cycle.residual_norm < _ROUNDED * norm
+    # What the rotations do not know of is rounding.
+    rounded = norm - cycle.residual_norm > _ROUNDING * norm
     stagnation = stagnation | (
         check
         & rounded
-        & (norm > jnp.maximum(_ROUNDED * solve.residual_norm, system.target))
+        & (norm > jnp.maximum(_ROUNDING * solve.residual_norm, system.target))
     )
     # A cycle that overflowed by itself is taken back. One whose products are not finite
     # is not: the operator is to blame, and the solution NaN.
@@ -281,7 +286,7 @@ def _verify(
         num_steps=num_steps + jnp.where(check, 1, 0),
         verified=verified | check,
         stagnation=stagnation,
-        singular=cycle.exhausted | cycle.cancelled | ~accurate,
+        singular=cycle.exhausted | _is_spent(cycle) | ~accurate,
         num_cycles=Unfrozen(solve.num_cycles.value + 1),
         basis=cycle.basis,
     )
@@ -298,7 +303,7 @@ def _start_cycle(system: _System, solve: _Solve) -> _Cycle:
         num_columns=jnp.array(0),
         residual_norm=norm,
         exhausted=jnp.array(False),
-        cancelled=jnp.array(False),
+        least_share=jnp.ones_like(norm),
     )
 
 
@@ -309,7 +314,7 @@ def _arnoldi_step(system: _System, start_norm: Scalar, cycle: _Cycle) -> _Cycle:
     newest = history_get(basis, j, system.vector)
     image = system.product(system.precondition(newest))
     image_norm = _norm(image)
-    image, projections, norm, cancelled = _project_out(basis, newest, image, rows, j)
+    image, projections, norm, share = _project_out(basis, newest, image, rows, j)
     last = rows == j + 1
     radius, rotation, last_row = _rotate(cycle.last_row.value, projections, norm, last)
     # The Krylov space maps into a smaller one, and the column adds nothing.
@@ -324,7 +329,12 @@ def _arnoldi_step(system: _System, start_norm: Scalar, cycle: _Cycle) -> _Cycle:
         num_columns=cycle.num_columns + 1,
         residual_norm=jnp.where(exhausted, cycle.residual_norm, residual_norm),
         exhausted=exhausted,
-        cancelled=cancelled,
+        # The vector that follows the last column is not used.
+        least_share=jnp.where(
+            residual_norm <= system.target,
+            cycle.least_share,
+            jnp.minimum(cycle.least_share, share),
+        ),
     )
 
 
@@ -334,8 +344,8 @@ def _project_out(
     image: PyTree[Array],
     rows: Int[Array, " rows"],
     j: Int[Array, ""],
-) -> tuple[PyTree[Array], Float[Array, " rows"], Scalar, Bool[Array, ""]]:
-    """A product without its projections on the basis, and whether they were most."""
+) -> tuple[PyTree[Array], Float[Array, " rows"], Scalar, Scalar]:
+    """A product without its projections on the basis, and the share that is left."""
     # The operator of an implicit adjoint has most of the product along the vector
     # itself. Without that first there is little to cancel.
     along = tree_dot(newest, image)
@@ -345,8 +355,8 @@ def _project_out(
     span = history_combine(projections, basis, image)
     image = jtu.tree_map(jnp.subtract, image, span)
     norm = _norm(image)
-    cancelled = norm < _CANCELLATION * image_norm
-    return image, projections + jnp.where(rows == j, along, 0), norm, cancelled
+    share = norm / jnp.where(image_norm > 0, image_norm, 1)
+    return image, projections + jnp.where(rows == j, along, 0), norm, share
 
 
 def _rotate(
