@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import implicitnets as inn
 
 from .gpu.cases import Case, convolutional, dense, transformer
-from .gpu.solves import (
+from .gpu.programs import (
     ADJOINTS,
     evaluations_program,
     gradient_program,

@@ -19,17 +19,9 @@ import jax
 
 from . import cases as cells, flags, growth, training
 from .libraries import measure_libraries
+from .programs import ADJOINTS, ANDERSON, IMPLICIT, SOLVERS
 from .record import earlier_tables, OutOfTime, Record
-from .solves import (
-    ADJOINTS,
-    ANDERSON,
-    bare_row,
-    IMPLICIT,
-    make_bench,
-    measure,
-    PRECISE,
-    SOLVERS,
-)
+from .solves import bare_row, make_bench, measure, PRECISE
 from .timing import said
 
 

@@ -1,18 +1,16 @@
 """What XLA's CUDA graphs change for solves, whose loops have small steps."""
 
 from .cases import dense
-from .record import Record, Row
-from .solves import (
+from .programs import (
     ADJOINTS,
     ANDERSON,
-    GRADIENT,
     gradient_program,
     IMPLICIT,
-    make_bench,
-    SOLVE,
     solve_program,
     SOLVERS,
 )
+from .record import Record, Row
+from .solves import GRADIENT, make_bench, SOLVE
 from .timing import compile_all, Job, milliseconds, said
 
 

@@ -9,15 +9,9 @@ import optimistix as optx
 import implicitnets as inn
 
 from .cases import Case, convolutional, dense
+from .programs import ANDERSON, IMPLICIT
 from .record import Record, Row
-from .solves import (
-    ANDERSON,
-    GRADIENT,
-    IMPLICIT,
-    make_bench,
-    measure,
-    precision_name,
-)
+from .solves import GRADIENT, make_bench, measure, precision_name
 from .timing import compile_all, Job, milliseconds, said
 
 

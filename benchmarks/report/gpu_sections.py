@@ -5,13 +5,8 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from ..gpu.solves import (
-    ANDERSON,
-    GRADIENT,
-    IMPLICIT,
-    RATIO,
-    SOLVE,
-)
+from ..gpu.programs import ANDERSON, IMPLICIT
+from ..gpu.solves import GRADIENT, RATIO, SOLVE
 from ..kit import figures
 from ..kit.tables import distinct, pivot, Row, Tables
 from .exhibits import every, Exhibit, Section

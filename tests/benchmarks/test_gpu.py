@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import __main__ as gpu, cases, flags, solves, training
+from benchmarks.gpu import __main__ as gpu, cases, flags, programs, solves, training
 from benchmarks.gpu.networks import Rounded
 from benchmarks.gpu.record import earlier_tables, OutOfTime, Record
 from benchmarks.gpu.timing import compile_all, Job, Program
@@ -49,8 +49,8 @@ def one_case(monkeypatch):
 
 @pytest.mark.usefixtures("one_case")
 def test_rows_of_solvers_and_adjoints(run, monkeypatch):
-    solvers = only(solves.SOLVERS, "FixedPointIteration", solves.ANDERSON)
-    adjoints = only(solves.ADJOINTS, solves.IMPLICIT, "PhantomAdjoint(5)")
+    solvers = only(programs.SOLVERS, "FixedPointIteration", programs.ANDERSON)
+    adjoints = only(programs.ADJOINTS, programs.IMPLICIT, "PhantomAdjoint(5)")
     monkeypatch.setattr(gpu, "SOLVERS", solvers)
     monkeypatch.setattr(gpu, "ADJOINTS", adjoints)
     record = run("--only", "solvers")
@@ -60,16 +60,18 @@ def test_rows_of_solvers_and_adjoints(run, monkeypatch):
         (row["precision"], row["method"]): row for row in record["tables"]["solvers"]
     }
     for precision in ("default", "float32"):
-        row = rows[precision, solves.ANDERSON]
+        row = rows[precision, programs.ANDERSON]
         assert row["converged"] == "4/4" and row["residual"] < 1.1e-3
         assert (
             1
             < row["evaluations"]
             < rows["default", "FixedPointIteration"]["evaluations"]
         )
-        row = rows[precision, solves.IMPLICIT]
+        row = rows[precision, programs.IMPLICIT]
         assert row["gradient error"] < 1e-2 and row["converged"] == "4/4"
-        assert row["evaluations"] == rows[precision, solves.ANDERSON]["evaluations"] + 1
+        assert (
+            row["evaluations"] == rows[precision, programs.ANDERSON]["evaluations"] + 1
+        )
         bare = rows[precision, "bare loop"]
         expected = (
             bare["to start (ms)"]

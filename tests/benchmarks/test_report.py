@@ -215,6 +215,17 @@ def test_other_sections_keep_their_last_results(tmp_path, monkeypatch):
     assert json.loads((folder / "report.json").read_text())["skip"] == old["skip"]
 
 
+def test_results_from_another_machine_are_taken(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.json").write_text(json.dumps(record()))
+    found = f"skip={tmp_path / 'elsewhere.json'}"
+    arguments = ["report", "--output-dir", str(tmp_path), "--sections", "--found"]
+    monkeypatch.setattr(sys, "argv", [*arguments, found])
+    report.main()
+    assert re.search(ROW, (tmp_path / "report.md").read_text())
+    kept = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert kept == {"skip": record()}
+
+
 @pytest.mark.parametrize("page, name", [("report", "nothing"), ("training", "skip")])
 def test_unknown_section(page, name):
     with pytest.raises(ValueError, match=f"got {name}"):
