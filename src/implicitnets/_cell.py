@@ -68,10 +68,13 @@ _START_FUNCTION = Part(
 
 
 def checked_state(
-    z: PyTree, arguments: CellArguments, *, may_couple: bool
+    z: PyTree, arguments: CellArguments, *, alternative: str | None = None
 ) -> PyTree[Array]:
-    """A state as arrays of the cell's dtypes, if the cell maps it to one like it."""
-    name = getattr(arguments.cell, "__name__", type(arguments.cell).__name__)
+    """A state as arrays of the cell's dtypes, if the cell maps it to one like it.
+
+    Given an `alternative`, a cell that couples examples is refused, and told of it.
+    """
+    name = cell_name(arguments.cell)
     leaves = jtu.tree_leaves(z)
     if not leaves or not all(map(_is_real, leaves)):
         raise ValueError(
@@ -102,26 +105,47 @@ def checked_state(
             f"`z` of structure {_describe(z_struct)} and `{name}(z, x)` of structure "
             f"{_describe(new_z)}. {_START}"
         )
-    if not may_couple and (axes := _coupled_axes(jaxpr)):
-        raise ValueError(
-            f"`{name}(z, x)` communicates over the axis {', '.join(axes)} of "
-            "`jax.vmap`, as batch normalisation does. That couples the examples, and "
-            "each would be solved as if it were alone. Solve them as one system: call "
-            "the layer on the whole batch, with a cell that has the `jax.vmap` within. "
-            "Or unroll the cell, with `implicitnets.set_fixed_depth`."
-        )
+    if alternative is not None:
+        refuse_coupling(name, jaxpr, alternative)
     return z
 
 
-def _coupled_axes(jaxpr: jec.ClosedJaxpr) -> list[str]:
+def cell_name(cell: Callable) -> str:
+    return getattr(cell, "__name__", type(cell).__name__)
+
+
+def refuse_coupling(name: str, jaxpr: jec.ClosedJaxpr, alternative: str) -> None:
+    """Refuse a cell, by its jaxpr, that communicates over an axis of `jax.vmap`."""
     # Those of `jax.shard_map` couple nothing that a solve takes apart: every device
     # has a part of one state, or states of its own.
     manual_axes = jax.sharding.get_abstract_mesh().manual_axes
-    return [
-        repr(effect.name)
+    axes = {
+        effect.name  # pyright: ignore[reportAttributeAccessIssue]
         for effect in jaxpr.effects
-        if type(effect).__name__ == "NamedAxisEffect" and effect.name not in manual_axes  # pyright: ignore[reportAttributeAccessIssue]
-    ]
+        if type(effect).__name__ == "NamedAxisEffect"
+    }
+    axes = sorted(map(repr, (axes | _silent_axes(jaxpr.jaxpr)) - {*manual_axes}))
+    if axes:
+        raise ValueError(
+            f"`{name}(z, x)` communicates over the axis {', '.join(axes)} of "
+            "`jax.vmap`, as batch normalisation does. That couples the examples, and "
+            "each would be solved as if it were alone. Solve them as one system: on "
+            "the whole batch, by a cell that has the `jax.vmap` within. " + alternative
+        )
+
+
+def _silent_axes(jaxpr: jec.Jaxpr) -> set[Any]:
+    """The axes of the collectives that have no effect in JAX 0.10 to 0.12."""
+    axes = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("ppermute", "pbroadcast"):
+            names = equation.params["axis_name"]
+            axes |= {*names} if isinstance(names, tuple) else {names}
+        own_axes = equation.params.get("manual_axes", ())
+        for inner in jec.jaxprs_in_params(equation.params):
+            axes |= _silent_axes(inner) - {*own_axes}
+    # In a batch of several axes some are positions.
+    return {axis for axis in axes if not isinstance(axis, int)}
 
 
 _START = (

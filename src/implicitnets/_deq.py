@@ -59,9 +59,9 @@ def as_solver(solver: Any) -> Solver:
         return SteadyState(solver)
     if isinstance(solver, optx.Bisection | optx.GoldenSearch):
         raise TypeError(
-            f"`optimistix.{type(solver).__name__}` needs bounds of a scalar, which a "
-            "layer has none of. Use `optimistix.Newton` or `implicitnets.Broyden`, or "
-            "call `optimistix.root_find` with the bounds as its `options`."
+            f"`optimistix.{type(solver).__name__}` needs bounds of a scalar. Only "
+            "Optimistix' own functions take them, as their `options`. Use "
+            "`optimistix.Newton` or `implicitnets.Broyden`."
         )
     return solver
 
@@ -204,7 +204,9 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         self = resolve(self)
         arguments = CellArguments(self.cell, x, key)
         z0 = self.start(x, key=key) if z0 is None else z0
-        z0 = checked_state(z0, arguments, may_couple=self.fixed_depth > 0)
+        unroll = "Or unroll the cell, with `implicitnets.set_fixed_depth`."
+        alternative = unroll if self.fixed_depth == 0 else None
+        z0 = checked_state(z0, arguments, alternative=alternative)
         # Here, so that `jax.shard_map` sums a gradient over devices once, and not in
         # loops whose lengths differ from device to device.
         z0, arguments = vary_like((z0, arguments), (z0, arguments))
@@ -357,7 +359,7 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
             return self.init(x)
         arguments = CellArguments(resolve(self.cell), x, key)
         zeros = make_zeros(self.zero_state, x)
-        zeros = checked_state(zeros, arguments, may_couple=True)
+        zeros = checked_state(zeros, arguments)
         return call_cell(zeros, arguments)
 
 

@@ -9,6 +9,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._adjoint.implicit import ImplicitAdjoint
+from ._cell import cell_name, refuse_coupling
+from ._deq import as_solver
 from ._internal.checks import (
     check_integer,
     check_part,
@@ -90,8 +92,9 @@ def residual_trace(
 
     **Raises:**
 
-    `TypeError` if `solver` is not a solver; `ValueError` if `max_steps` is negative or
-    `z0` is not of real floating-point arrays.
+    `TypeError` if `solver` is not a solver, or one that needs bounds; `ValueError` if
+    `max_steps` is negative, `z0` is not of real floating-point arrays, or `fn` couples
+    the examples of a batch.
     """
     check_part("residual_trace", "fn", fn, FUNCTION)
     check_part("residual_trace", "solver", solver, _SOLVER)
@@ -103,11 +106,14 @@ def residual_trace(
         all(_is_real(leaf) for leaf in jtu.tree_leaves(z0)),
         "of real floating-point arrays",
     )
+    fn_args = resolve(fn), args
+    jaxpr, _, _ = eqx.filter_make_jaxpr(_call)(z0, fn_args)
+    refuse_coupling(cell_name(fn), jaxpr, "")
     solution = optx.fixed_point(
         _call,
-        observe(solver, _ResidualObserver(max_steps)),
+        observe(as_solver(solver), _ResidualObserver(max_steps)),
         z0,
-        (resolve(fn), args),
+        fn_args,
         max_steps=max_steps,
         adjoint=ImplicitAdjoint(),
         throw=False,

@@ -164,7 +164,12 @@ class NeuralODE(eqx.Module):
         self = resolve(self)
         arguments = CellArguments(self.cell, x, key)
         z0 = self.start(x, key=key) if z0 is None else z0
-        z0 = checked_state(z0, arguments, may_couple=True)
+        # Steps of other sizes take the examples to other times.
+        same_steps = dfx.ConstantStepSize | dfx.StepTo
+        constant = "Or take steps of one size, with `diffrax.ConstantStepSize()`."
+        is_same = isinstance(self.stepsize_controller, same_steps)
+        alternative = None if is_same else constant
+        z0 = checked_state(z0, arguments, alternative=alternative)
         dtype = working_dtype(z0)
         like = eqx.filter_eval_shape(lambda: z0)
 

@@ -589,6 +589,62 @@ def test_a_cell_that_couples_a_batch_is_refused():
         assert relative_error(fn(whole), fn(expected)) < 10 * TOL
 
 
+def shifted(z):
+    return jax.lax.ppermute(z, "batch", [(0, 1), (1, 2), (2, 0)])
+
+
+COLLECTIVES = {
+    "psum": lambda z: jax.lax.psum(z, "batch"),
+    "pmax": lambda z: jax.lax.pmax(z, "batch"),
+    "all_gather": lambda z: jnp.max(jax.lax.all_gather(z, "batch"), axis=0),
+    "psum_scatter": lambda z: jax.lax.psum_scatter(jnp.stack([z] * 3), "batch"),
+    "axis_index": lambda z: z * jax.lax.axis_index("batch").astype(z.dtype),
+    # These leave no effect in a jaxpr.
+    "ppermute": shifted,
+    "in_jit": jax.jit(shifted),
+    "in_scan": lambda z: jax.lax.scan(lambda z, _: (shifted(z), None), z, None, 2)[0],
+    "in_cond": lambda z: jax.lax.cond(z[0] > 0, shifted, jnp.sin, z),
+}
+
+
+@pytest.mark.one_precision
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_every_collective_is_refused(name):
+    def cell(z, x):
+        return jnp.tanh(0.3 * COLLECTIVES[name](z) + x)
+
+    def trace(z, x):
+        solver = SOLVERS["anderson"]
+        return inn.residual_trace(cell, solver, z, x, max_steps=2).absolute
+
+    xs = jnp.arange(6.0).reshape(3, 2)
+    for function in (
+        inn.DeepEquilibriumNetwork(cell),
+        inn.NeuralODE(cell),
+        lambda x: trace(x, x),
+    ):
+        with pytest.raises(ValueError, match="axis 'batch' of .* whole batch"):
+            jax.eval_shape(jax.vmap(function, axis_name="batch"), xs)
+    # Their steps are the same for all examples.
+    constant = inn.NeuralODE(cell, stepsize_controller=dfx.ConstantStepSize())
+    for layer in (inn.set_fixed_depth(inn.DeepEquilibriumNetwork(cell), 2), constant):
+        eqx.filter_eval_shape(jax.vmap(layer, axis_name="batch"), xs)
+
+
+@pytest.mark.one_precision
+def test_batch_normalisation_in_a_cell_is_refused():
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(2, "batch", mode="batch")
+
+    def cell(z, x):
+        return jnp.tanh(norm(z, state)[0] + x)
+
+    with pytest.raises(ValueError, match="as batch normalisation does"):
+        jax.eval_shape(
+            jax.vmap(inn.DeepEquilibriumNetwork(cell), axis_name="batch"),
+            jnp.ones((3, 2)),
+        )
+
+
 @pytest.mark.parametrize("number", (0, 0.0))
 def test_a_python_number_has_no_dtype_of_its_own(number):
     x = jnp.float32(0.3)

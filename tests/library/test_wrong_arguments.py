@@ -614,6 +614,11 @@ CASES = (
         r"z0=.*floating-point.*; got i32\[",
     ),
     (
+        lambda: trace(solver=optx.Bisection(**TOLERANCES)),
+        TypeError,
+        "Bisection` needs bounds.*`optimistix.Newton`",
+    ),
+    (
         lambda: trace(solver=TSIT5),
         TypeError,
         r"`implicitnets.SteadyState\(Tsit5\(...\)",

@@ -155,6 +155,33 @@ def test_forward_mode(name):
 
 
 @pytest.mark.one_precision
+@pytest.mark.parametrize("permutes", (False, True))
+def test_a_cell_may_communicate_between_devices(permutes):
+    """Every device has a part of one state."""
+
+    def cell(z, x):
+        if permutes:
+            others = jax.lax.ppermute(z, "devices", [(0, 1), (1, 0)])
+        else:
+            others = jax.lax.psum(z, "devices") - z
+        return jnp.tanh(0.2 * z + 0.3 * others + x)
+
+    def whole_cell(z, x):
+        return jnp.tanh(0.2 * z + 0.3 * z[::-1] + x)
+
+    # So many steps that the devices, each of which stops on its own, agree.
+    solver = optx.FixedPointIteration(0.0, 0.0)
+    xs = jr.normal(jr.key(0), (2, 4))
+
+    def solve(cell, xs):
+        return inn.DeepEquilibriumNetwork(cell, solver, max_steps=50)(xs)
+
+    found = on_devices(lambda xs: solve(cell, xs), out_specs=P("devices"))(xs)
+    expected = jax.jit(lambda xs: solve(whole_cell, xs))(xs)
+    assert eqx.tree_equal(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.one_precision
 def test_diagnosis_and_penalties():
     cell = dense_cell()
 
