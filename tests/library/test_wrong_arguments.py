@@ -643,6 +643,65 @@ def test_wrong_arguments(call, error, message):
         call()
 
 
+WITH_NUMBERS = (
+    ANDERSON,
+    inn.Broyden(**TOLERANCES),
+    inn.ForwardBackward(**TOLERANCES, step_size=0.1),
+    inn.NewtonKrylov(**TOLERANCES),
+    inn.PeacemanRachford(**TOLERANCES, step_size=0.1),
+    inn.ReversibleFixedPoint(**TOLERANCES),
+    inn.SteadyState(TSIT5),
+    inn.PseudoTransient(),
+    inn.GivensGMRES(**TOLERANCES, restart=3, max_steps=4),
+    inn.NeumannSeries(2),
+    inn.FixedPointLinearSolver(ANDERSON),
+    inn.PhantomAdjoint(),
+    inn.NeumannAdjoint(2),
+    inn.ShineAdjoint(),
+    inn.ReversibleAdjoint(),
+    inn.DeepEquilibriumNetwork(CELL),
+    inn.SkipDeepEquilibriumNetwork(CELL),
+    inn.NeuralODE(CELL),
+    nn.VariationalDropout(0.1),
+    nn.SpectralNorm(jnp.eye(2)),
+    nn.InfinityNorm(jnp.eye(2)),
+    models.TanhConfig(),
+    models.ResNetConfig(),
+    models.CausalTransformerConfig(),
+    MDEQ,
+    TRANSFORMER,
+)
+
+
+def numbers_of(instance):
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield field.name
+
+
+# Equinox warns of a NumPy number in a static field before it is refused.
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+@pytest.mark.parametrize("instance", WITH_NUMBERS, ids=lambda x: type(x).__name__)
+def test_one_rule_for_every_number_of_every_class(instance):
+    names = list(numbers_of(instance))
+    assert names
+    for name in names:
+        for value in (float("nan"), np.float32("nan"), "1", 1j, True, object()):
+            with pytest.raises(ValueError, match=rf"\({name}=...\)` must be .*; got "):
+                dataclasses.replace(instance, **{name: value})
+
+
+def test_no_class_with_numbers_is_left_out():
+    public = {**vars(inn), **vars(nn), **vars(models)}.values()
+    with_numbers = {
+        value
+        for value in filter(dataclasses.is_dataclass, public)
+        if {int, float} & {type(field.default) for field in dataclasses.fields(value)}
+    }
+    assert with_numbers <= {type(instance) for instance in WITH_NUMBERS}
+
+
 @pytest.mark.parametrize("make", (np.float32, np.float64, jnp.asarray, lambda x: x))
 def test_numbers_of_all_kinds(make):
     solver = anderson(rtol=make(1e-3), ridge=make(1e-5))

@@ -46,6 +46,10 @@ ADJOINTS = {
         inn.ReversibleAdjoint(),
     ),
 }
+FORWARD_MODE = {
+    "newton_krylov": (SOLVERS["newton_krylov"], EXACT),
+    **{name: ADJOINTS[name] for name in ("phantom", "jacobian_free", "shine")},
+}
 # The loops of Equinox start from constants, and the operators of Lineax are traced at
 # structures without the axes (Equinox 0.13.8, `internal/_loop`; Lineax 0.1.1,
 # `_operator.py`): with these there is `jax.shard_map(..., check_vma=False)`.
@@ -125,13 +129,18 @@ def test_state_of_several_leaves(linear_solver):
 
 
 @pytest.mark.one_precision
-def test_monotone_convolution():
-    """Its splitting solves a linear system in every step."""
-    deq = inn.DeepEquilibriumNetwork(
-        inn.nn.MonotoneConvCell(1, 2, 2, 3, periodic=False, key=jr.key(0)),
+@pytest.mark.parametrize(
+    "solver",
+    (
+        # It solves a linear system in every step.
         inn.PeacemanRachford(*TOLERANCES, step_size=0.5),
-        adjoint=EXACT,
-    )
+        inn.ForwardBackward(*TOLERANCES),
+    ),
+    ids=lambda solver: type(solver).__name__,
+)
+def test_monotone_convolution(solver):
+    cell = inn.nn.MonotoneConvCell(1, 2, 2, 3, periodic=False, key=jr.key(0))
+    deq = inn.DeepEquilibriumNetwork(cell, solver, adjoint=EXACT)
 
     def gradient(xs):
         return jax.grad(lambda xs: jnp.sum(jax.vmap(deq)(xs) ** 2))(xs)
@@ -142,9 +151,10 @@ def test_monotone_convolution():
 
 
 @pytest.mark.one_precision
-@pytest.mark.parametrize("name", ["newton_krylov"])
+@pytest.mark.parametrize("name", FORWARD_MODE)
 def test_forward_mode(name):
-    deq = inn.DeepEquilibriumNetwork(dense_cell(), SOLVERS[name], adjoint=EXACT)
+    solver, adjoint = FORWARD_MODE[name]
+    deq = inn.DeepEquilibriumNetwork(dense_cell(), solver, adjoint=adjoint)
 
     def tangent(xs):
         return jax.jvp(jax.vmap(deq), (xs,), (jnp.cos(xs),))[1]
