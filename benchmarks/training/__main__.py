@@ -9,22 +9,35 @@ python -m benchmarks.training transformer --help
 
 A run writes its metrics, its figures and its checkpoints into a folder. Started again
 with the same options, it goes on from its last checkpoint, to exactly the same weights;
-on GPUs that takes `XLA_FLAGS=--xla_gpu_deterministic_ops=true`. Needs the extra
+on GPUs that takes `XLA_FLAGS=--xla_gpu_deterministic_ops=true`. Ctrl-C and SIGTERM
+finish the step and save. What decides a step of the training has to stay the same;
+`--epochs` may grow, and the options of the tests may change. Needs the extra
 `implicitnets[train]`.
+
+```bash
+python -m benchmarks.training tutorial --evaluate --best
+python -m benchmarks.training tutorial --start-from runs/sciml-digits-0 --output-dir new
+```
 """
 
+import math
+import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 
 from .command_line import parse_recipe
 from .config import Config, RunOptions
 from .data import load
-from .errors import CheckpointError, DataError, OptionError
+from .errors import OptionError, RunError
+from .interrupts import Stopped
 from .recipes import RECIPES
-from .records import read_records
-from .trainer import train
+from .records import read_records, Record
+from .run import evaluate, train
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
@@ -44,20 +57,46 @@ def connect(run: RunOptions) -> None:
         )
 
 
+def show(metrics: Mapping[str, Any]) -> None:
+    """Print what there is, one a line."""
+    for name, value in metrics.items():
+        print(f"{name:26} {math.nan if value is None else value:.4g}")
+
+
+def last_record(folder: Path) -> Record:
+    """What a run came to; nothing, if its metrics were removed."""
+    for record in read_records(folder / "metrics.jsonl")[-1:]:
+        return record | {"seconds_per_epoch": record["seconds"] / record["epoch"]}
+    return {}
+
+
+def run(config: Config) -> None:
+    """Train or evaluate, and say what came of it."""
+    connect(config.run)
+    data, folder = load(config.data, config.training.seed), config.output_dir
+    if config.run.evaluate:
+        found = evaluate(config, data)
+        written = "evaluation.json"
+    else:
+        train(config, data)
+        found = last_record(folder) if jax.process_index() == 0 else {}
+        written = "metrics.jsonl, training.png and checkpoints"
+    if jax.process_index() == 0:
+        show(found)
+        print(f"Wrote {written} to {folder}.")
+
+
 def main() -> None:
     try:
-        config = parse()
-        connect(config.run)
-        train(config, load(config.data, config.training.seed))
-    except (CheckpointError, DataError, OptionError) as error:
+        run(parse())
+    except Stopped as stopped:
+        command = shlex.join(["python", "-m", "benchmarks.training", *sys.argv[1:]])
+        print(f"{stopped} To go on:\n{command}")
+        sys.exit(stopped.status)
+    except RunError as error:
         sys.exit(f"Error: {error}")
-    if jax.process_index() == 0:
-        folder = config.output_dir
-        last = read_records(folder / "metrics.jsonl")[-1]
-        last["seconds_per_epoch"] = last["seconds"] / last["epoch"]
-        for name, value in last.items():
-            print(f"{name:26} {value:.4g}")
-        print(f"Wrote metrics.jsonl, training.png and checkpoints to {folder}.")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -74,11 +74,12 @@ def parse_recipe(
     )
 
 
-def parse_settings(default: _Options) -> _Options:
+def parse_settings(default: _Options, args: Sequence[str] | None = None) -> _Options:
     """As `parse_recipe`, for a script with one set of options, each with a prefix."""
     return tyro.cli(
         type(default),
         default=default,
+        args=args,
         config=(tyro.conf.AvoidSubcommands,),
         registry=_REGISTRY,
     )

@@ -65,8 +65,20 @@ class TrainingOptions:
     """Use so many examples, or streams of text, in a training step."""
     skip_weight: float = 0.0
     """Weigh the penalty on the distance from the start to the equilibrium by this."""
+    l2_weight: float = 0.0
+    """Add half the sum of the squared weights, times this, to the loss."""
+    start_from: Path | None = None
+    """Start from the weights in this folder of another run, not from random ones."""
+    best: bool = False
+    """Take the best checkpoint by its test, and not the newest one, with `--start-from`
+    and with `--evaluate`."""
     test_every: float = 1.0
     """Evaluate after so many epochs."""
+    test_every_steps: int | None = None
+    """Evaluate after so many steps, and not by epochs."""
+    test_batch_size: int | None = None
+    """Use so many examples, or streams of text, at a time in an evaluation, by default
+    as many as in training."""
     spectral_examples: int = 16
     """Estimate the spectral radius for so many examples in an evaluation."""
     seed: int = 0
@@ -75,10 +87,20 @@ class TrainingOptions:
     def __post_init__(self):
         check_non_negative(
             self,
-            *("pretraining_epochs", "epochs", "skip_weight"),
-            *("spectral_examples", "seed"),
+            *("pretraining_epochs", "epochs", "skip_weight", "l2_weight"),
+            "spectral_examples",
         )
-        check_positive(self, "pretraining_depth", "batch_size", "test_every")
+        check_positive(
+            self,
+            *("pretraining_depth", "batch_size"),
+            *("test_every", "test_every_steps", "test_batch_size"),
+        )
+        check_fields(
+            self,
+            "an integer from 0 to 2 ** 32 - 1",
+            lambda value: 0 <= value < 2**32,
+            "seed",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +109,11 @@ class RunOptions:
 
     output_dir: Path | None = None
     """Write metrics, figures and checkpoints to this folder, by default
-    `runs/<model>-<dataset>-<seed>`. An interrupted run continues from there."""
+    `runs/<model>-<dataset>-<seed>`. An interrupted run continues from there, and one
+    that was finished goes on if it is to have more epochs."""
+    evaluate: bool = False
+    """Do not train: test the checkpoint in the folder, and write the metrics to
+    `evaluation.json`."""
     checkpoint_every: int = 500
     """Write a checkpoint after so many training steps."""
     log_every: int = 50
@@ -119,6 +145,11 @@ class Config:
     jacobian: JacobianOptions = JacobianOptions()
     training: TrainingOptions = TrainingOptions()
     run: RunOptions = RunOptions()
+
+    def __post_init__(self):
+        reads = self.run.evaluate or self.training.start_from is not None
+        if self.training.best and not reads:
+            raise ValueError("`best` goes with `evaluate` or `start_from`.")
 
     @property
     def output_dir(self) -> Path:
@@ -153,5 +184,6 @@ class Plan:
             steps_per_epoch,
             pretraining_steps,
             total_steps,
-            max(1, round(options.test_every * steps_per_epoch)),
+            options.test_every_steps
+            or max(1, round(options.test_every * steps_per_epoch)),
         )

@@ -1,5 +1,6 @@
 """What is measured of a batch, and its means over several."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +19,11 @@ from .networks import Verdict
 class Mean(eqx.Module):
     """Sums, of which the mean is wanted in the end."""
 
-    total: Float[Array, "..."]
-    weight: Float[Array, "..."]
+    total: Float[Array | np.ndarray, "..."]
+    weight: Float[Array | np.ndarray, "..."]
 
     @property
-    def value(self) -> Float[Array, "..."]:
+    def value(self) -> Float[Array | np.ndarray, "..."]:
         """The mean of what there is, each of weight one; of nothing, zero."""
         return self.total / jnp.maximum(self.weight, 1)
 
@@ -86,10 +87,36 @@ def means(metrics: Sequence[Metrics]) -> dict[str, float]:
     def mean(name):
         batches = [jax.device_get(batch[name]) for batch in metrics]
         total, weight = (
-            np.ravel(np.sum(np.stack(sums), axis=0, dtype=np.float64))
-            for sums in zip(*((mean.total, mean.weight) for mean in batches))
+            np.sum(np.stack(sums), axis=0)
+            for sums in zip(*((_vector(m.total), _vector(m.weight)) for m in batches))
         )
         present = weight > 0
         return float(np.mean(total[present] / weight[present]))
 
     return {name: mean(name) for name in metrics[0]}
+
+
+def to_lists(metrics: Sequence[Metrics]) -> list[dict[str, list[Any]]]:
+    """The sums of some batches, for JSON; what is not finite is `None`."""
+
+    def values(sums):
+        return [value if math.isfinite(value) else None for value in _vector(sums)]
+
+    return [
+        {name: [values(m.total), values(m.weight)] for name, m in batch.items()}
+        for batch in jax.device_get(list(metrics))
+    ]
+
+
+def from_lists(lists: Sequence[dict[str, list[Any]]]) -> list[Metrics]:
+    """The sums that `to_lists` was given."""
+
+    def mean(sums):
+        total, weight = (np.array(values, np.float64) for values in sums)
+        return Mean(total, weight)
+
+    return [{name: mean(sums) for name, sums in batch.items()} for batch in lists]
+
+
+def _vector(sums: Any) -> Float[np.ndarray, " value"]:
+    return np.ravel(np.asarray(sums, np.float64))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 import implicitnets as inn
 from implicitnets import models
 
-from .data import Data
+from .data import Data, Text
 from .equilibrium import EquilibriumOptions, make_layer
 from .errors import DataError, OptionError, with_flags
 from .sciml import SciMLClassifier, SciMLConfig
@@ -192,6 +192,8 @@ def _check_fit(config: ModelConfig, data: Data) -> None:
     if isinstance(config, models.CausalTransformerConfig | models.TransformerConfig):
         if len(data.input_shape) != 1:
             raise DataError("The model takes text and other sequences.")
+        if isinstance(config, models.CausalTransformerConfig):
+            _check_length(data)
         return
     if len(data.input_shape) != 3:
         raise DataError("The model takes images.")
@@ -205,6 +207,17 @@ def _check_fit(config: ModelConfig, data: Data) -> None:
             )
     elif data.target_shape != ():
         raise DataError("The model takes images with labels, and these have masks.")
+
+
+def _check_length(data: Data) -> None:
+    train, test = data.train, data.test
+    if not (isinstance(train, Text) and isinstance(test, Text)):
+        return
+    if test.length > train.length:
+        raise OptionError(
+            "--test-sequence-length must be at most --sequence-length, "
+            f"{train.length}, for this model."
+        )
 
 
 def _network(

@@ -47,7 +47,7 @@ class Placement:
         """Raise an `OptionError` unless the devices can share a batch fairly."""
         if batch_size % self.num_devices:
             raise OptionError(
-                f"`batch_size` must be a multiple of the {self.num_devices} devices; "
+                f"A batch size must be a multiple of the {self.num_devices} devices; "
                 f"got {batch_size}."
             )
 

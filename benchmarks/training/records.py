@@ -1,8 +1,13 @@
-"""What a run tells: metrics as JSON lines and for TensorBoard, and figures."""
+"""What a run tells: metrics as JSON lines and for TensorBoard, and figures.
+
+JSON has no number for NaN and infinity: they are written as `null`.
+"""
 
 import json
+import math
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,8 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from implicitnets import plot
+
+from .errors import first_line, OutputError
 
 
 Record = dict[str, Any]
@@ -42,7 +49,7 @@ class Records:
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             new = self._path.with_suffix(".new")
-            new.write_text("".join(map(_line, self.all)))
+            new.write_text("".join(map(to_json, self.all)))
             os.replace(new, self._path)
             self._board = SummaryWriter(
                 str(folder / "tensorboard"), purge_step=step + 1
@@ -54,9 +61,9 @@ class Records:
         if self._board is None:
             return
         with self._path.open("a") as file:
-            file.write(_line(record))
+            file.write(to_json(record))
         for name, value in record.items():
-            if name != "step" and isinstance(value, float):
+            if isinstance(value, float) and math.isfinite(value):
                 self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
@@ -64,22 +71,61 @@ class Records:
         if self._board is None:
             return
         self._board.close()
+        if not self.all:
+            return
         figure = draw(self.all)
         figure.savefig(self._folder / "training.png", dpi=150)
         plt.close(figure)
 
 
 def read_records(path: Path) -> list[Record]:
-    """All that was written completely: a killed process may leave half a line."""
-    if not path.exists():
+    """All that was written completely: a killed process may leave half a last line.
+
+    Another line that is no record is an `OutputError`, so that none after it is lost.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read ({first_line(error)}).") from error
     records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+    for number, line in enumerate(lines, start=1):
+        is_last = number == len(lines)
+        if is_last and not line:
             break
+        try:
+            record = json.loads(line)
+            record["step"] = operator.index(record["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if is_last and line.startswith(b"{"):
+                break
+            raise OutputError(
+                f"Line {number} of {path} is no record of a step: repair or remove it, "
+                "or give another --output-dir."
+            ) from error
+        records.append(record)
     return records
+
+
+def score(record: Record) -> float:
+    """How good a test was, of the accuracy, of masks or of text; without one, -inf."""
+    if "test_perplexity" in record:
+        value = -record["test_loss"]
+    else:
+        value = record.get("test_mean_iou", record.get("test_accuracy"))
+    return -math.inf if value is None or math.isnan(value) else value
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """A record in a line."""
+
+    def finite(value):
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        return value if is_number else None
+
+    values = {name: finite(value) for name, value in record.items()}
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def draw(records: Sequence[Record]):
@@ -91,7 +137,3 @@ def draw(records: Sequence[Record]):
         plot.training(records, [name for name in names if name in known], axes=axis)
         axis.set_title(title)
     return figure
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"

@@ -1,14 +1,13 @@
-"""The training loop of every model.
+"""The steps of a training, and its tests, of every model.
 
 A run is a function of its configuration: the weights, the order of the data, and every
-random number come from the seed and the step. So a run that was killed goes on from its
-last checkpoint to exactly the weights that it would have had.
+random number come from the seed and the step.
 """
 
 import dataclasses
 import functools as ft
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -19,20 +18,17 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
-from tqdm import tqdm
 
 import implicitnets as inn
 
-from .checkpoints import Checkpoints
-from .config import Config, JacobianOptions, Plan, RunOptions
+from .config import Config, JacobianOptions, Plan
 from .data import Batch, Data, Text
 from .equilibrium import EquilibriumOptions
-from .fit import Clock, descend, fit
+from .fit import Clock, descend
 from .metrics import mean_of, means, measure, Metrics, which_count
 from .networks import AbstractNetwork, build, Verdict
 from .optimiser import make_optimiser, make_schedule
 from .placement import Placement
-from .records import Records
 
 
 class TrainState(eqx.Module):
@@ -143,6 +139,17 @@ def jacobian_schedule(
     return schedule
 
 
+# Options of which the steps so far do not depend.
+_MAY_CHANGE = {
+    "data": ("data_dir", "test_size", "test_sequence_length"),
+    "equilibrium": ("test_max_steps",),
+    "training": (
+        *("epochs", "spectral_examples"),
+        *("test_every", "test_every_steps", "test_batch_size"),
+    ),
+}
+
+
 class Trainer:
     """The steps of a run."""
 
@@ -150,7 +157,10 @@ class Trainer:
         self.config, self.data = config, data
         self.plan = Plan.of(config.training, data)
         self.placement = Placement(config.run.data_parallel)
-        self.placement.check(config.training.batch_size)
+        options = config.training
+        self.test_batch_size = options.test_batch_size or options.batch_size
+        for size in (options.batch_size, self.test_batch_size):
+            self.placement.check(size)
         self.schedule = make_schedule(
             config.optimiser, self.plan.total_steps, self.plan.steps_per_epoch
         )
@@ -162,24 +172,22 @@ class Trainer:
         )
         # Only the segments of a text have anything to do with each other.
         self.is_text = isinstance(data.train, Text)
-        self._empty_memory = self.placement.put(
-            jtu.tree_map(
-                lambda leaf: np.broadcast_to(
-                    leaf, (config.training.batch_size, *leaf.shape)
-                ),
-                self.network.memory,
-            ),
-            self.placement.split,
-        )
+        self._empty_memory = self._make_memory(options.batch_size)
+        self._empty_test_memory = self._make_memory(self.test_batch_size)
         self.clock = Clock()
         self._compiled: dict[Any, Any] = {}
 
     def facts(self) -> dict[str, Any]:
-        """All that decides the result, for checkpoints to compare."""
+        """All that decides a step of the training, for checkpoints to compare. How many
+        of them there are, and the tests, may change."""
         facts = dataclasses.asdict(self.config)
-        del facts["run"], facts["data"]["data_dir"]
+        del facts["run"]
+        for group, names in _MAY_CHANGE.items():
+            for name in names:
+                del facts[group][name]
         facts["data"] |= self.data.facts()
         facts["model"] |= {"name": type(self.config.model).__name__}
+        facts["precision"] = str(jnp.result_type(float))
         return facts
 
     def start(self) -> TrainState:
@@ -194,17 +202,21 @@ class Trainer:
             step=put(jnp.array(0)),
         )
 
+    def unrolled_for(self, state: TrainState, step: int) -> TrainState:
+        """The state with the layer as a step trains it: in pretraining, unrolled."""
+        pretraining = step < self.plan.pretraining_steps
+        depth = self.config.training.pretraining_depth if pretraining else 0
+        network = inn.set_fixed_depth(state.network, depth)
+        return dataclasses.replace(state, network=network)
+
     def train_step(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """One step of the optimiser.
 
         The state knows the step's number too, but on a device.
         """
         options = self.config.training
-        pretraining = step < self.plan.pretraining_steps
-        depth = options.pretraining_depth if pretraining else 0
-        state = dataclasses.replace(
-            state, network=inn.set_fixed_depth(state.network, depth)
-        )
+        state = self.unrolled_for(state, step)
+        depth = state.network.layer.fixed_depth
         if step % self.plan.steps_per_epoch == 0 or not self.is_text:
             state = dataclasses.replace(state, memory=self._empty_memory)
         batch = self.data.train.training_batch(step, options.batch_size, options.seed)
@@ -218,9 +230,9 @@ class Trainer:
         network = eqx.nn.inference_mode(state.network)
         network = as_in_tests(network, self.config.equilibrium)
         depth = network.layer.fixed_depth
-        memory = self._empty_memory
+        memory = self._empty_test_memory
         metrics, radii = [], []
-        for batch in self.data.test.test_batches(options.batch_size):
+        for batch in self.data.test.test_batches(self.test_batch_size):
             found, solved, memory = self._call(
                 ("test", depth),
                 self._judge,
@@ -229,7 +241,7 @@ class Trainer:
                 memory,
                 self._put_batch(batch),
             )
-            memory = memory if self.is_text else self._empty_memory
+            memory = memory if self.is_text else self._empty_test_memory
             metrics.append(found)
             if len(radii) < options.spectral_examples:
                 found = self._call(("radii", depth), self._radii, network, solved)
@@ -252,7 +264,8 @@ class Trainer:
 
     def _update(self, state, batch):
         keys = jr.split(jr.fold_in(self.training_key, state.step), 3)
-        jacobian, skip_weight = self.config.jacobian, self.config.training.skip_weight
+        jacobian, options = self.config.jacobian, self.config.training
+        skip_weight, l2_weight = options.skip_weight, options.l2_weight
 
         def loss_fn(network):
             network = with_random_budget(network, self.config.equilibrium, key=keys[2])
@@ -265,6 +278,10 @@ class Trainer:
                 penalties = jax.vmap(inn.skip_penalty)(verdict.solution)
                 penalty = mean_of(penalties, which_count(batch[1])).value
                 loss = loss + skip_weight * penalty
+            if l2_weight > 0:
+                weights = jtu.tree_leaves(eqx.filter(network, eqx.is_inexact_array))
+                squares = sum(jnp.sum(jnp.square(leaf)) for leaf in weights)
+                loss = loss + 0.5 * l2_weight * squares
             if jacobian.active:
                 weight = self.jacobian_weight(state.step)
                 loss = loss + jacobian_penalty(
@@ -310,84 +327,12 @@ class Trainer:
             self._compiled[name] = self.clock.compile(function, *args)
         return self._compiled[name](*args)
 
+    def _make_memory(self, batch_size):
+        memory = jtu.tree_map(
+            lambda leaf: np.broadcast_to(leaf, (batch_size, *leaf.shape)),
+            self.network.memory,
+        )
+        return self.placement.put(memory, self.placement.split)
+
     def _put_batch(self, batch: Batch) -> Any:
         return self.placement.put(batch, self.placement.split)
-
-
-def tests_after(done: int, plan: Plan) -> bool:
-    """Whether there is a test after so many steps."""
-    return (
-        done in (plan.pretraining_steps, plan.total_steps)
-        or done % plan.test_every == 0
-    )
-
-
-def saves_after(done: int, plan: Plan, run: RunOptions) -> bool:
-    """Whether there is a checkpoint after so many steps."""
-    return done == plan.total_steps or done % run.checkpoint_every == 0
-
-
-def between_records(plan: Plan, run: RunOptions, first: int) -> Iterator[range]:
-    """The steps from each record of the metrics to the next."""
-    for done in range(first + 1, plan.total_steps + 1):
-        logs = done % run.log_every == 0
-        if logs or tests_after(done, plan) or saves_after(done, plan, run):
-            yield range(first, done)
-            first = done
-
-
-def showing(steps: Iterable[int], progress: tqdm) -> Iterator[int]:
-    """The steps; each is on the progress bar when it is done."""
-    for step in steps:
-        yield step
-        progress.update()
-
-
-def train(config: Config, data: Data) -> TrainState:
-    """Train, from the newest checkpoint if there is one, and write everything down."""
-    trainer = Trainer(config, data)
-    plan, run = trainer.plan, config.run
-    folder = config.output_dir
-    checkpoints = Checkpoints(folder / "checkpoints", trainer.facts())
-    latest = checkpoints.latest_step()
-    state = trainer.start()
-    if latest is not None:
-        state = checkpoints.restore(latest, state)
-    first = latest or 0
-    is_first_process = jax.process_index() == 0
-    records = Records(folder, first, active=is_first_process)
-    if records.all:
-        last = records.all[-1]
-        trainer.clock = Clock(last["seconds"], last["compile_seconds"])
-    progress = tqdm(
-        total=plan.total_steps,
-        initial=first,
-        unit="step",
-        disable=None if is_first_process else True,  # None: only on a terminal
-    )
-    for steps in between_records(plan, run, first):
-        shown = showing(steps, progress)
-        state, history = fit(trainer.train_step, state, shown, trainer.clock)
-        done = steps.stop
-        record = {"step": done, "epoch": done / plan.steps_per_epoch}
-        with trainer.clock.running():
-            found = means(history)
-        record |= {f"train_{name}": value for name, value in found.items()}
-        record["learning_rate"] = float(np.asarray(trainer.schedule(done - 1)))
-        if tests_after(done, plan):
-            found = trainer.test(state)
-            record |= {f"test_{name}": value for name, value in found.items()}
-        record["seconds"] = trainer.clock.seconds
-        record["compile_seconds"] = trainer.clock.compile_seconds
-        records.add(record)
-        progress.set_postfix_str(
-            f"loss {record['train_loss']:.3f}, "
-            f"accuracy {record['train_accuracy']:.1%}, "
-            f"evaluations {record['train_evaluations']:.1f}"
-        )
-        if saves_after(done, plan, run):
-            checkpoints.save(done, state)
-    progress.close()
-    checkpoints.close()
-    records.close()
-    return state

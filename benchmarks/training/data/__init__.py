@@ -54,11 +54,20 @@ class DataOptions:
     """Text: make a token of every word or of every character."""
     sequence_length: int = 128
     """Text: train on so many tokens of every stream in a step."""
+    test_sequence_length: int | None = None
+    """Text: test on so many tokens of every stream at a time, by default as many as in
+    training."""
     delay: int = 100
     """Copy memory: remember for so many steps."""
 
     def __post_init__(self):
         check_positive(self, "train_size", "test_size", "sequence_length", "delay")
+        check_positive(self, "test_sequence_length")
+        if self.data_dir is not None and self.dataset in ("digits", "copy_memory"):
+            raise ValueError(
+                f"`data_dir` does not go with `dataset` {self.dataset}, which reads no "
+                "files."
+            )
 
 
 def load(options: DataOptions, seed: int = 0) -> Data:
@@ -78,6 +87,8 @@ def load(options: DataOptions, seed: int = 0) -> Data:
         )
         if options.standardise:
             train, test = _standardised(train, test)
+    if isinstance(test, Text) and options.test_sequence_length is not None:
+        test = dataclasses.replace(test, length=options.test_sequence_length)
     return Data(train, test, data.num_classes)
 
 

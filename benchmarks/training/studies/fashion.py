@@ -16,11 +16,11 @@ import tyro
 from ...kit.results import save, Settings
 from ...kit.tables import print_table, Row
 from ..data import load
-from ..errors import CheckpointError, DataError
+from ..errors import RunError
 from ..networks import num_parameters
 from ..recipes import RECIPES
 from ..records import read_records
-from ..trainer import train
+from ..run import train
 
 
 NETWORKS = {
@@ -89,7 +89,7 @@ def main() -> None:
     for name in settings.recipes:
         try:
             rows += train_recipe(name, settings)
-        except (CheckpointError, DataError) as error:
+        except RunError as error:
             sys.exit(f"Error: {error}")
         print_table(NETWORKS[name], rows)
     save(settings, "fashion", {"rows": rows})
