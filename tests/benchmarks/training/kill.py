@@ -52,7 +52,7 @@ FLAGS = [
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 STATUS = {0, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGKILL}
 # Before the run has its handlers, a signal does what it does to any program.
-STATUS |= {-signal.SIGTERM, -signal.SIGINT, 1}
+STATUS |= {-signal.SIGTERM, -signal.SIGINT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,8 @@ def main() -> None:
                             f"metrics up to step {last_step(folder)} of {total}",
                             flush=True,
                         )
-                        assert status in STATUS
                 status = process.wait()
+                assert status in STATUS, status
                 finished = status == 0
             found, records, step = result(folder)
             equal = np.array_equal(found, weights_before) and records == records_before
