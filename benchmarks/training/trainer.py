@@ -142,7 +142,7 @@ def jacobian_schedule(
 # Options of which the steps so far do not depend.
 _MAY_CHANGE = {
     "data": ("data_dir", "test_size", "test_sequence_length"),
-    "equilibrium": ("test_max_steps",),
+    "equilibrium": ("test_rtol", "test_max_steps"),
     "training": (
         *("epochs", "spectral_examples"),
         *("test_every", "test_every_steps", "test_batch_size"),

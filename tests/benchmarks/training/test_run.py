@@ -122,10 +122,12 @@ def at_step(monkeypatch, number, act):
 # Signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 # The step is the first one, in the middle of a record, before a record, before a
 # record and a checkpoint, before a test.
-@pytest.mark.parametrize("step", [0, 6, 7, 8, 9])
+@pytest.mark.parametrize(
+    "number, step",
+    [(signal.SIGINT, step) for step in (0, 6, 7, 8, 9)] + [(signal.SIGTERM, 6)],
+)
 def test_a_signal_stops_and_saves(reference, tmp_path, monkeypatch, number, step):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -212,7 +214,7 @@ def manifest_of(checkpoint):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("part", [arrays_of, notes_of, manifest_of])
+@pytest.mark.parametrize("part", [arrays_of, notes_of])
 def test_a_damaged_checkpoint(reference, copy, capsys, damage, part):
     """The one before it is taken, and what is damaged is kept."""
     damage(part(copy / "checkpoints" / "20"))
@@ -427,8 +429,8 @@ def test_evaluate(reference, copy, monkeypatch, capsys):
     # Other options of tests, another solver and another optimiser.
     other = run(
         copy,
-        *("--evaluate", "--test-batch-size=7", "--solver=anderson", "--rtol=1e-6"),
-        *("--test-max-steps=50", "--optimiser=adam"),
+        *("--evaluate", "--test-batch-size=7", "--solver=anderson", "--atol=0"),
+        *("--test-rtol=1e-6", "--test-max-steps=50", "--optimiser=adam"),
         function=evaluate,
     )
     np.testing.assert_allclose(other["test_loss"], found["test_loss"], rtol=1e-3)
@@ -493,7 +495,7 @@ def test_longer_runs(reference, tmp_path):
     """As long as the schedule is the same, as if it had been asked for at once."""
     _, state, records = reference
     run(tmp_path, "--epochs=2")
-    longer = run(tmp_path, "--test-every=10", "--log-every=1")
+    longer = run(tmp_path, "--test-every=10", "--log-every=1", "--test-rtol=0.1")
     np.testing.assert_array_equal(weights(longer), weights(state))
     with pytest.raises(CheckpointError, match="of step 20, and with .* has 10: give"):
         run(tmp_path, "--epochs=1")
