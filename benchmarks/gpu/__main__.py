@@ -11,6 +11,7 @@ PyTorch with TorchDEQ, banax and JAXopt are measured where they are installed.
 """
 
 import argparse
+import functools as ft
 import pathlib
 import sys
 from collections.abc import Callable
@@ -21,17 +22,23 @@ from . import cases as cells, flags, growth, training
 from .libraries import measure_libraries
 from .programs import ADJOINTS, ANDERSON, IMPLICIT, SOLVERS
 from .record import earlier_tables, OutOfTime, Record
-from .solves import bare_row, make_bench, measure, PRECISE
+from .solves import bare_row, Bench, make_bench, measure, PRECISE
 from .timing import said
+
+
+@ft.cache
+def bench_of(name: str, precision: str | None, small: bool) -> Bench:
+    """A case whose bare loops are timed, once for all parts."""
+    return make_bench(cells.cases(small)[name](), precision)
 
 
 def measure_solvers(record: Record, small: bool) -> None:
     """Every solver and adjoint on every cell; one cell in float32 too."""
-    for name, make in cells.cases(small).items():
+    for name in cells.cases(small):
         for precision in (None, PRECISE) if name == "dense-middle" else (None,):
             record.check_time()
             try:
-                bench = make_bench(make(), precision)
+                bench = bench_of(name, precision, small)
             except Exception as error:
                 record.add("solvers", {"problem": name, "result": said(error)})
                 continue
@@ -45,10 +52,17 @@ def measure_solvers(record: Record, small: bool) -> None:
 
 def compare_libraries(record: Record, small: bool) -> None:
     """Other libraries on the dense cells and on the residual one."""
-    for name, make in cells.cases(small).items():
+    for name in cells.cases(small):
         record.check_time()
         if name != "transformer":
-            measure_libraries(record, make_bench(make(), None))
+            measure_libraries(record, bench_of(name, None, small))
+
+
+def vary_flags(record: Record, small: bool) -> None:
+    """Options of XLA on the dense cells whose steps are short."""
+    for name in ("dense-middle",) if small else ("dense-small", "dense-middle"):
+        record.check_time()
+        flags.measure_flags(record, bench_of(name, None, small))
 
 
 Part = Callable[[Record, argparse.Namespace], None]
@@ -66,7 +80,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "batch": (lambda record, o: growth.grow_batch(record, o.small), 20),
     "sciml": (lambda record, o: training.train_sciml(record, o.small, o.mnist), 35),
     # The last one: what is tried there might end the process.
-    "flags": (lambda record, o: flags.vary_flags(record, o.small), 25),
+    "flags": (lambda record, o: vary_flags(record, o.small), 25),
 }
 
 

@@ -1,6 +1,5 @@
 """What XLA's CUDA graphs change for solves, whose loops have small steps."""
 
-from .cases import dense
 from .programs import (
     ADJOINTS,
     ANDERSON,
@@ -10,7 +9,7 @@ from .programs import (
     SOLVERS,
 )
 from .record import Record, Row
-from .solves import GRADIENT, make_bench, SOLVE
+from .solves import Bench, GRADIENT, SOLVE
 from .timing import compile_all, Job, milliseconds, said
 
 
@@ -28,33 +27,28 @@ OPTIONS: dict[str, dict[str, str | int]] = {
 METHODS = ("FixedPointIteration", ANDERSON)
 
 
-def vary_flags(record: Record, small: bool) -> None:
-    """Solves and a gradient of dense cells, compiled with different options."""
-    for case in [dense(4, 16)] if small else [dense(128, 256), dense(1024, 1024)]:
+def measure_flags(record: Record, bench: Bench) -> None:
+    """Add the rows of solves and a gradient, compiled with different options."""
+    case = bench.case
+    solve_arguments = (case.weights, case.inputs, bench.norms)
+    arguments = (case.weights, case.inputs, case.cotangent)
+    jobs: dict[tuple[str, str, str], Job] = {}
+    for meaning, options in OPTIONS.items():
+        for name in METHODS:
+            program = solve_program(case, SOLVERS[name])
+            jobs[meaning, name, SOLVE] = Job(program, solve_arguments, None, options)
+        program = gradient_program(case, ADJOINTS[IMPLICIT])
+        jobs[meaning, IMPLICIT, GRADIENT] = Job(program, arguments, None, options)
+    for (meaning, name, what), program in compile_all(jobs).items():
         record.check_time()
-        bench = make_bench(case, None)
-        arguments = (case.weights, case.inputs, case.cotangent)
-        jobs: dict[tuple[str, str, str], Job] = {}
-        for meaning, options in OPTIONS.items():
-            for name in METHODS:
-                jobs[meaning, name, SOLVE] = Job(
-                    solve_program(case, SOLVERS[name]),
-                    (case.weights, case.inputs, bench.norms),
-                    options=options,
-                )
-            jobs[meaning, IMPLICIT, GRADIENT] = Job(
-                gradient_program(case, ADJOINTS[IMPLICIT]), arguments, options=options
-            )
-        for (meaning, name, what), program in compile_all(jobs).items():
-            record.check_time()
-            row: Row = {**bench.head, "options": meaning, "method": name}
-            try:
-                if isinstance(program, Exception):
-                    raise program
-                found = program()
-                if what == SOLVE:
-                    row["residual"] = float(bench.residuals(found[0]).max())
-                row[what] = milliseconds(program)
-            except Exception as error:
-                row["result"] = said(error)
-            record.add("flags", row)
+        row: Row = {**bench.head, "options": meaning, "method": name}
+        try:
+            if isinstance(program, Exception):
+                raise program
+            found = program()
+            if what == SOLVE:
+                row["residual"] = float(bench.residuals(found[0]).max())
+            row[what] = milliseconds(program)
+        except Exception as error:
+            row["result"] = said(error)
+        record.add("flags", row)

@@ -9,19 +9,58 @@ import optimistix as optx
 import implicitnets as inn
 
 from .cases import Case, convolutional, dense
-from .programs import ANDERSON, IMPLICIT
+from .programs import (
+    ADJOINTS,
+    ANDERSON,
+    evaluations_program,
+    gradient_program,
+    IMPLICIT,
+    solve_program,
+    SOLVERS,
+)
 from .record import Record, Row
-from .solves import GRADIENT, make_bench, measure, precision_name
+from .solves import GRADIENT, precision_name
 from .timing import compile_all, Job, milliseconds, said
 
 
+EVALUATIONS = 40
+
+
 def grow_batch(record: Record, small: bool) -> None:
-    """Solves and gradients of a dense cell, for more and more examples."""
+    """A bare loop, a solve and a gradient of a dense cell, for more and more examples.
+
+    The bare loop makes as many evaluations for every batch, about those of a solve.
+    """
     size, batches = (16, (1, 4)) if small else (256, (1, 8, 64, 512, 4096))
+    jobs: dict[tuple[str, int], Job] = {}
     for batch in batches:
+        case = dense(batch, size)
+        arguments = (case.weights, case.inputs, case.cotangent)
+        norms = jnp.ones(batch)
+        bare = evaluations_program(case, EVALUATIONS)
+        solve = solve_program(case, SOLVERS[ANDERSON])
+        gradient = gradient_program(case, ADJOINTS[IMPLICIT])
+        jobs[f"bare loop of {EVALUATIONS}", batch] = Job(bare, arguments)
+        jobs[ANDERSON, batch] = Job(solve, (case.weights, case.inputs, norms))
+        jobs[f"{ANDERSON}, {IMPLICIT}", batch] = Job(gradient, arguments)
+    for (method, batch), program in compile_all(jobs).items():
         record.check_time()
-        bench = make_bench(dense(batch, size), None)
-        measure(record, bench, solvers=(ANDERSON,), adjoints=(IMPLICIT,), table="batch")
+        row: Row = {
+            "problem": f"dense, width {size}",
+            "precision": precision_name(None),
+            "examples": batch,
+            "method": method,
+        }
+        try:
+            if isinstance(program, Exception):
+                raise program
+            program()
+            row["time (ms)"] = milliseconds(program)
+            row["examples / s"] = 1e3 * batch / row["time (ms)"]
+            row["temporary (MB)"] = program.temporary_mb
+        except Exception as error:
+            row["result"] = said(error)
+        record.add("batch", row)
 
 
 def gradient_of_steps(case: Case, kind: str, steps: int) -> Callable:

@@ -195,11 +195,10 @@ DEVICE = Section(
         fold("gpu_flag_rows", "flags"),
         Exhibit(
             "gpu_batch",
-            "Time against the number of examples, dense cell of width 256",
+            "Time against the number of examples: a bare loop, a solve, and a solve "
+            "with its gradient",
             every,
-            lambda rows: curves(
-                growth(rows), x="examples", value="time (ms)", series="method"
-            ),
+            ft.partial(curves, x="examples", value="time (ms)", series="method"),
             table_of="batch",
             figure_of="batch",
             folded=True,

@@ -86,7 +86,7 @@ def test_rows_of_solvers_and_adjoints(run, monkeypatch):
 
 @pytest.mark.usefixtures("one_case")
 def test_other_parts_run(run, monkeypatch, tmp_path):
-    record = run("--only", "images", "depth", "libraries")
+    record = run("--only", "images", "depth", "batch", "libraries")
     tables = record["tables"]
     assert not [row for row in tables["images"] if "result" in row]
     fixed, solved = tables["images"]
@@ -100,11 +100,14 @@ def test_other_parts_run(run, monkeypatch, tmp_path):
     }
     assert len(set(memory["implicit"])) == 1
     assert memory["unrolled"][1] > memory["unrolled"][0]
+    for row in tables["batch"]:
+        expected = 1e3 * row["examples"] / row["time (ms)"]
+        assert row["examples / s"] == pytest.approx(expected)
     ours = [row for row in tables["libraries"] if row["library"] == "implicitnets"]
     assert ours and all(row["residual"] < 1.1e-3 for row in ours)
     page = render(PAGES["gpu_report"], {"gpu": record}, tmp_path)
     assert "This section" not in page and "no measurements" in page
-    assert page.count("![") == 4 and "unrolled, checkpointed" in page
+    assert page.count("![") == 6 and "unrolled, checkpointed" in page
     # Some parts again: the file keeps the others, which are of the same device.
     monkeypatch.setattr(gpu, "PARTS", {"depth": (lambda *_: None, 1.0)})
     again = run("--only", "depth")
