@@ -4,9 +4,8 @@
 python -m tests.benchmarks.training.kill --times 20
 ```
 
-SIGTERM, SIGINT and SIGKILL take turns. A moment is drawn from all those of a process:
-it may still import, compile, train, test or write. A run that ends before the last kill
-is compared, and another one begins.
+SIGTERM, SIGINT and SIGKILL take turns. The process may import, compile, train, test or
+write. A run that ends before the last kill is compared, and another one begins.
 """
 
 import contextlib
@@ -93,6 +92,12 @@ def last_step(folder: pathlib.Path) -> int:
     return records[-1]["step"] if records else 0
 
 
+def wait_for(process: subprocess.Popen, folder: pathlib.Path, step: int) -> None:
+    """Wait until the metrics are past a step, or until the process ends."""
+    while process.poll() is None and last_step(folder) < step:
+        time.sleep(0.005)
+
+
 def main() -> None:
     options = tyro.cli(Options)
     rng = random.Random(options.seed)
@@ -100,46 +105,42 @@ def main() -> None:
         folder = pathlib.Path(base) / "whole"
         began = time.monotonic()
         process = start(folder)
-        while not (folder / "metrics.jsonl").exists():
-            time.sleep(0.01)
+        wait_for(process, folder, 1)
         startup = time.monotonic() - began
         assert process.wait() == 0
-        training = time.monotonic() - began - startup
-        print(f"In one piece: {startup:.1f} s to begin, {training:.1f} s to train.")
         weights_before, records_before, total = result(folder)
-        kills, runs, same = [], 0, True
-        while len(kills) < options.times:
+        num_kills, runs, same = 0, 0, True
+        while num_kills < options.times:
             runs += 1
             folder = pathlib.Path(base) / str(runs)
-            finished = False
-            while not finished:
+            status = None
+            while status != 0:
                 process = start(folder)
-                if len(kills) < options.times:
-                    # Three of four after it began to train.
-                    rest = 0.3 * training
-                    delay = startup * rng.choice((rng.random(), 1, 1, 1))
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(delay + rng.random() * rest)
+                if num_kills < options.times:
+                    if rng.random() < 0.25:
+                        time.sleep(rng.random() * startup)
+                    else:
+                        most = total * rng.random() / 3
+                        wait_for(process, folder, last_step(folder) + round(most))
+                        time.sleep(0.1 * rng.random())
                     if process.poll() is None:
-                        number = SIGNALS[len(kills) % len(SIGNALS)]
+                        number = SIGNALS[num_kills % len(SIGNALS)]
                         process.send_signal(number)
-                        kills.append(number)
+                        num_kills += 1
                         status = process.wait()
                         print(
-                            f"{len(kills):3} {number.name:8} status {status:4}, "
+                            f"{num_kills:3} {number.name:8} status {status:4}, "
                             f"metrics up to step {last_step(folder)} of {total}",
                             flush=True,
                         )
                 status = process.wait()
                 assert status in STATUS, status
-                finished = status == 0
             found, records, step = result(folder)
             equal = np.array_equal(found, weights_before) and records == records_before
             same = same and equal and step == total
             print(f"Run {runs}: {'bit by bit the same' if equal else 'DIFFERENT'}.")
-    print(
-        f"{len(kills)} kills in {runs} runs: {'all' if same else 'NOT all'} the same."
-    )
+    verdict = "all" if same else "NOT all"
+    print(f"{num_kills} kills in {runs} runs: {verdict} the same, bit by bit.")
     sys.exit(not same)
 
 
