@@ -72,9 +72,8 @@ def replace_inputs(inputs: tuple, **changes: Any) -> tuple:
 
 def run_solve(primal_fn: Callable, inputs: PyTree) -> tuple[PyTree[Array], Any]:
     """Make the solve that an adjoint is given, in our loop."""
-    solve = solve_inputs(inputs)
-    problem = jtu.tree_leaves((solve.fn, solve.y0, solve.args))
-    is_double = any(getattr(x, "dtype", None) == jnp.float64 for x in problem)
+    dtypes = {getattr(x, "dtype", None) for x in jtu.tree_leaves(inputs)}
+    is_double = jnp.dtype(jnp.float64) in dtypes
     loop = while_loop if is_double else _single_precision_loop
     return jtu.tree_map(jnp.asarray, primal_fn(inputs + (loop,)))
 
