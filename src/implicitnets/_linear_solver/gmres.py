@@ -63,16 +63,19 @@ class GivensGMRES(AbstractMatrixFreeSolver):
 
     The statistics are `num_steps` (the products with the operator) and `residual_norm`
     (`two_norm(b - A x)`). The rotations give the residual of exact arithmetic. After a
-    restart, or if the solution is huge, rounding may have changed it: one product then
-    verifies it, so that success is never claimed wrongly, and a cycle that has not
-    helped is undone. A solve that is not successful ends in one of three results:
+    restart, if the solution is huge, or if the basis has lost its orthogonality (every
+    product is orthogonalised once), rounding may have changed it: one product then
+    verifies it, and a cycle that has not helped is undone. A solve that is not
+    successful ends in one of three results:
 
     - `max_steps_reached`;
     - `breakdown`: a cycle made no progress, because the operator is singular on the
         Krylov space, to rounding. Also where the vector or a product is not finite; the
         solution is then NaN.
-    - `stagnation`: a cycle made no progress for another reason. Raise `restart`, give
-        a preconditioner, or choose a tolerance that rounding allows.
+    - `stagnation`: a cycle made no progress for another reason, or what is left of the
+        residual is rounding, as it soon is where products have TF32 or bfloat16
+        operands. Raise `restart`, give a preconditioner, or choose a tolerance that
+        rounding allows.
 
     **Arguments:**
 

@@ -97,7 +97,9 @@ class AndersonAcceleration(
         longer history converges in fewer steps, each of which costs more. It pays when
         evaluating the map is expensive.
     - `period`: how many steps from one acceleration to the next; 1 for the classical
-        method. On most maps 2 or 3 needs fewer evaluations, and costs less a step.
+        method. On most maps 2 or 3 needs fewer evaluations, and on a CPU it costs less
+        a step. (An accelerator computes the acceleration in every step, which takes
+        less time there than to branch.)
     - `ridge`: the regularisation of the least-squares problem, relative to the diagonal
         of its Gram matrix, which is scaled to one. A problem scaled by any factor
         therefore takes the same steps.
