@@ -26,6 +26,7 @@ from ._internal.checks import (
     ADJOINT,
     check_flag,
     check_integer,
+    check_needs_no_bounds,
     check_part,
     check_value,
     FUNCTION,
@@ -57,12 +58,7 @@ def as_solver(solver: Any) -> Solver:
     """A layer's solver: [`implicitnets.SteadyState`][] of an ODE solver, or itself."""
     if isinstance(solver, dfx.AbstractSolver):
         return SteadyState(solver)
-    if isinstance(solver, optx.Bisection | optx.GoldenSearch):
-        raise TypeError(
-            f"`optimistix.{type(solver).__name__}` needs bounds of a scalar. Only "
-            "Optimistix' own functions take them, as their `options`. Use "
-            "`optimistix.Newton` or `implicitnets.Broyden`."
-        )
+    check_needs_no_bounds(solver)
     return solver
 
 

@@ -237,6 +237,11 @@ CASES = (
         "`LU` is a linear solver by itself",
     ),
     (
+        lambda: inn.FixedPointLinearSolver(optx.Bisection(**TOLERANCES)),
+        TypeError,
+        "Bisection` needs bounds",
+    ),
+    (
         lambda: inn.FixedPointLinearSolver(TSIT5),
         TypeError,
         r"`implicitnets.SteadyState\(Tsit5\(...\)\)` makes one",

@@ -168,6 +168,16 @@ def check_part(
     raise TypeError(_refusal(owner, name, value, allowed, hint))
 
 
+def check_needs_no_bounds(solver: Any) -> None:
+    """A `TypeError` for a solver between bounds, which only `options` can give it."""
+    if isinstance(solver, optx.Bisection | optx.GoldenSearch):
+        raise TypeError(
+            f"`optimistix.{type(solver).__name__}` needs bounds of a scalar. Only "
+            "Optimistix' own functions take them, as their `options`. Use "
+            "`optimistix.Newton` or `implicitnets.Broyden`."
+        )
+
+
 def check_options(owner: Any, options: dict[str, Any], *allowed: str) -> None:
     """A `ValueError` for an option that a solver does not know."""
     for name in options:

@@ -8,7 +8,13 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._internal.checks import check_integer, check_part, integer, Part
+from .._internal.checks import (
+    check_integer,
+    check_needs_no_bounds,
+    check_part,
+    integer,
+    Part,
+)
 from .._internal.optimistix import run_solve
 from .._internal.types import LinearSolution, Options, Product, Tags
 from .matrix_free import AbstractMatrixFreeSolver
@@ -52,6 +58,7 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
 
     def __check_init__(self):
         check_part(self, "solver", self.solver, _SOLVER)
+        check_needs_no_bounds(self.solver)
         check_integer(self, "max_steps", self.max_steps, 1, optional=True)
 
     def _solve(
