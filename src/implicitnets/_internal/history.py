@@ -40,8 +40,8 @@ def history_set(
     """Replace one vector, in place where `row` is the same for a whole batch."""
 
     def replace(matrix, x):
-        x = x.reshape(1, -1).astype(matrix.dtype)
-        return _write_p.bind(matrix, x, jnp.asarray(row), axis=0)
+        x = x.reshape(-1).astype(matrix.dtype)
+        return _write_p.bind(matrix, x[None], jnp.asarray(row), axis=0)
 
     return jtu.tree_map(replace, history, vector)
 
@@ -109,7 +109,9 @@ def _abstract_eval(matrix, rows, index, *, axis):
 def _batch(args, axes, *, axis):
     matrix, rows, index = args
     matrix_axis, rows_axis, index_axis = axes
-    if index_axis is not None:
+    # Explicit axes of a mesh: JAX' own rule knows what to do with them.
+    is_divided = any(any(jax.typeof(x).sharding.spec) for x in (matrix, rows))
+    if index_axis is not None or is_divided:
         write = ft.partial(_write, axis=axis)
         return jax.vmap(write, in_axes=axes)(*args), 0
     size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)

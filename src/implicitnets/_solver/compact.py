@@ -96,9 +96,9 @@ class Updates(eqx.Module):
         size = self.matrix.shape[0]
         identity = jnp.eye(size, dtype=self.matrix.dtype)
         oldest = num_updates % size
-        core = jax.vmap(solve, in_axes=(None, 1, None), out_axes=1)(
-            self.matrix, identity, oldest
-        )
+        matrix = _roll(self.matrix, -oldest)
+        core = jax.vmap(_eliminate, in_axes=(None, 1), out_axes=1)(matrix, identity)
+        core = _roll(core, oldest)
         finite = jnp.all(jnp.isfinite(self.matrix)) & jnp.all(jnp.isfinite(core))
         core = jnp.where(finite, core, 0)
         return InverseJacobian(q=self.q, w=self.w, core=core, finite=finite)
@@ -172,10 +172,15 @@ def solve(
     matrix: Float[Array, " n n"], vector: Float[Array, " n"], oldest: Int[Array, ""]
 ) -> Float[Array, " n"]:
     """Elimination in the order of the updates, of which the oldest is in this row."""
+    solution = _eliminate(_roll(matrix, -oldest), jnp.roll(vector, -oldest))
+    return jnp.roll(solution, oldest)
+
+
+def _roll(matrix, shift):
+    return jnp.roll(jnp.roll(matrix, shift, axis=0), shift, axis=1)
+
+
+def _eliminate(matrix, vector):
     # A pivot is the denominator of an update, given the updates before it. Where it
     # vanishes the update would make the Jacobian singular, and is left out.
-    matrix = jnp.roll(jnp.roll(matrix, -oldest, axis=0), -oldest, axis=1)
-    solution = eliminate(
-        matrix, jnp.roll(vector, -oldest), lambda _, pivot: jnp.abs(pivot) > _MIN_PIVOT
-    )
-    return jnp.roll(solution, oldest)
+    return eliminate(matrix, vector, lambda _, pivot: jnp.abs(pivot) > _MIN_PIVOT)
