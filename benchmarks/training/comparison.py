@@ -38,6 +38,7 @@ def train(
     row = {
         "model": name,
         "parameters": num_parameters(state.network),
+        "evaluations in training": means(history[-WINDOW:])["evaluations"],
         "evaluations": found["evaluations"],
         "residual": found["residual"],
         "spectral radius": found["spectral_radius_mean"],

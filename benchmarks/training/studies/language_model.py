@@ -3,8 +3,8 @@
 Trains the transformer on the characters of a text twice, for the same number of steps
 of the same batches: once to its equilibrium, after some steps of pretraining, and once
 as an ordinary transformer whose layers share their weights, as many as the equilibrium
-took evaluations of the cell. Prints the bits that a character of the test text takes,
-and the memory that a training step does.
+took evaluations of the cell in its last training steps. Prints the bits that a
+character of the test text takes, and the memory that a training step does.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def main() -> None:
         print_table(name, rows[-1:])
 
     add("equilibrium", options, settings.jacobian)
-    depth = round(rows[0]["evaluations"])
+    depth = round(rows[0]["evaluations in training"])
     add(
         f"{depth} layers",
         dataclasses.replace(

@@ -273,7 +273,8 @@ def test_damaged_folder(mnist, damage, sentence):
 
 
 def test_digits_have_no_folder(tmp_path):
-    refused("digits come with scikit-learn", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="`dataset` digits, which reads no files"):
+        DataOptions(data_dir=tmp_path)
 
 
 # CIFAR.
