@@ -79,10 +79,13 @@ def _substitute_by_row(matrix, vector):
 
 
 def _substitute_by_number(matrix, vector):
-    solution = list(vector)
-    for k in reversed(range(vector.shape[0])):
+    return _substitute([list(row) for row in matrix], list(vector))
+
+
+def _substitute(rows, solution):
+    for k in reversed(range(len(solution))):
         for i in range(k):
-            solution[i] = solution[i] - matrix[i, k] * solution[k]
+            solution[i] = solution[i] - rows[i][k] * solution[k]
     return jnp.stack(solution)
 
 
@@ -101,11 +104,7 @@ def _number_by_number(matrix, vector, is_usable):
             factor = rows[i][k]
             for j in range(k + 1, size + 1):
                 rows[i][j] = rows[i][j] - factor * rows[k][j]
-    solution = [row[-1] for row in rows]
-    for k in reversed(range(size)):
-        for i in range(k):
-            solution[i] = solution[i] - rows[i][k] * solution[k]
-    return jnp.stack(solution)
+    return _substitute(rows, [row[-1] for row in rows])
 
 
 def _row_by_row(matrix, vector, is_usable):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
+from .manual import out_type
 from .pytree import working_dtype
 
 
@@ -95,15 +96,8 @@ def _write(matrix, rows, index, *, axis):
     return jax.lax.dynamic_update_slice_in_dim(matrix, rows, index, axis)
 
 
-def _abstract_eval(matrix, rows, index, *, axis):
-    structs = [
-        jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=x.sharding, manual_axis_type=x.manual_axis_type
-        )
-        for x in (matrix, rows, index)
-    ]
-    (aval,) = jax.make_jaxpr(ft.partial(_write, axis=axis))(*structs).out_avals
-    return aval
+def _abstract_eval(*args, axis):
+    return out_type(ft.partial(_write, axis=axis), *args)
 
 
 def _batch(args, axes, *, axis):

@@ -14,10 +14,26 @@ import jax
 import jax.lax as lax
 import jax.tree_util as jtu
 from jax.sharding import PartitionSpec, reshard
+from jaxtyping import Array
 
 
 _Carry = TypeVar("_Carry")
 _Out = TypeVar("_Out")
+
+
+def out_type(fn: Callable[..., Array], *avals: Any) -> Any:
+    """The type of a function's value, over the axes of all meshes, too.
+
+    It is the abstract evaluation of a primitive that stands for the function.
+    """
+    structs = [
+        jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=x.sharding, manual_axis_type=x.manual_axis_type
+        )
+        for x in avals
+    ]
+    (aval,) = jax.make_jaxpr(fn)(*structs).out_avals
+    return aval
 
 
 def is_manual() -> bool:

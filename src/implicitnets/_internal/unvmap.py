@@ -1,9 +1,12 @@
-import jax
+import functools as ft
+
 import jax.extend.core as jec
 import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
+
+from .manual import out_type
 
 
 def unvmap_any(x: Bool[Array, " *shape"]) -> Bool[Array, ""]:
@@ -19,20 +22,12 @@ def unvmap_any(x: Bool[Array, " *shape"]) -> Bool[Array, ""]:
 _unvmap_any_p = jec.Primitive("unvmap_any")
 
 
-def _abstract_eval(x):
-    struct = jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=x.sharding, manual_axis_type=x.manual_axis_type
-    )
-    (aval,) = jax.make_jaxpr(jnp.any)(struct).out_avals
-    return aval
-
-
 def _batch(args, axes):
     del axes
     return unvmap_any(*args), None
 
 
 _unvmap_any_p.def_impl(jnp.any)
-_unvmap_any_p.def_abstract_eval(_abstract_eval)
+_unvmap_any_p.def_abstract_eval(ft.partial(out_type, jnp.any))
 batching.primitive_batchers[_unvmap_any_p] = _batch
 mlir.register_lowering(_unvmap_any_p, mlir.lower_fun(jnp.any, multiple_results=False))

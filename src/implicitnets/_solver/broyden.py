@@ -78,6 +78,8 @@ class _Memory(eqx.Module):
     residual_norm: Scalar
     num_backtracks: Int[Array, ""]
     core: _Core
+    # As the verdict of the step before. To read that itself costs a GPU three copies a
+    # step, since this step writes the next one over it.
     finished: Bool[Array, ""]
 
 
