@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 import implicitnets as inn
 from implicitnets import models
 
-from ..training.sciml import SciMLCell, SciMLClassifier
+from ..training.sciml import AbstractClassifier, SciMLCell, SciMLClassifier
 
 
 class Rounded(eqx.Module):
@@ -31,7 +31,7 @@ class Rounded(eqx.Module):
         return cell(rounded, x).astype(z.dtype)
 
 
-class ImageClassifier(models.AbstractModel):
+class ImageClassifier(AbstractClassifier):
     """The network of the MNIST tutorial: a stem, SciML's cell, and a linear head.
 
     **Arguments:**
@@ -67,12 +67,6 @@ class ImageClassifier(models.AbstractModel):
         cell = SciMLCell(channels, key=keys[2])
         self.deq = inn.DeepEquilibriumNetwork(cell, solver)
         self.head = eqx.nn.Sequential([norms[1], relu, flatten, last])
-
-    def inject(self, x: Array, state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
-        return self.stem(x), state
-
-    def read_out(self, z: Array, state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
-        return self.head(z), state
 
 
 def image_classifier(image_shape: tuple[int, int, int], seed: int) -> ImageClassifier:

@@ -21,7 +21,7 @@ from .programs import (
     SOLVERS,
 )
 from .record import Record, Row
-from .timing import compile_all, Job, milliseconds, Program, said
+from .timing import checked, compile_all, Job, milliseconds, Program, said
 
 
 # The lengths of the two loops whose difference is the time of an evaluation or product.
@@ -94,9 +94,7 @@ def make_bench(case: Case, precision: str | None) -> Bench:
     jobs["residual", 0] = Job(residual_program(case), (weights, x, x), PRECISE)
     programs: dict[Any, Any] = compile_all(jobs)
     for program in programs.values():
-        if isinstance(program, Exception):
-            raise program
-        program()
+        checked(program)()
     times = {
         key: milliseconds(program)
         for key, program in programs.items()
@@ -132,22 +130,31 @@ def gradient_error(bench: Bench, gradient: Any) -> float:
     return float(np.sqrt(wrong / size))
 
 
+def costs(
+    bench: Bench, program: Program, what: str, evaluations: int, products: int
+) -> Row:
+    """What a program took, and a bare loop of as many evaluations and products."""
+    time, bare = milliseconds(program), bench.bare(evaluations, products)
+    return {
+        what: time,
+        "evaluations": evaluations,
+        "products": products,
+        BARE: bare,
+        RATIO: time / bare,
+        "compile (s)": program.compile_seconds,
+        "temporary (MB)": program.temporary_mb,
+    }
+
+
 def solver_row(bench: Bench, program: Program) -> Row:
     """A solve: what it did, and what it took."""
     z, success, evaluations, products = program()
     evaluations, products = (int(np.max(n)) for n in (evaluations, products))
     success = np.asarray(success)
-    time, bare = milliseconds(program), bench.bare(evaluations, products)
     return {
-        SOLVE: time,
-        "evaluations": evaluations,
-        "products": products,
-        BARE: bare,
-        RATIO: time / bare,
+        **costs(bench, program, SOLVE, evaluations, products),
         "residual": float(bench.residuals(z).max()),
         "converged": f"{success.sum()}/{success.size}",
-        "compile (s)": program.compile_seconds,
-        "temporary (MB)": program.temporary_mb,
     }
 
 
@@ -169,24 +176,17 @@ def adjoint_row(
     """
     method, steps, reported = ADJOINTS[name], 0, {}
     if method.reports:
-        report = _checked(programs["report", name])()
+        report = checked(programs["report", name])()
         steps = int(np.max(report.num_steps))
         success = np.asarray(report.successful)
         reported["converged"] = f"{success.sum()}/{success.size}"
-    program = _checked(programs["gradient", name])
+    program = checked(programs["gradient", name])
     error = gradient_error(bench, program())
     evaluations, products = method.cost(evaluations, steps)
-    time, bare = milliseconds(program), bench.bare(evaluations, products)
     return {
-        GRADIENT: time,
-        "evaluations": evaluations,
-        "products": products,
-        BARE: bare,
-        RATIO: time / bare,
+        **costs(bench, program, GRADIENT, evaluations, products),
         "gradient error": error,
         **reported,
-        "compile (s)": program.compile_seconds,
-        "temporary (MB)": program.temporary_mb,
     }
 
 
@@ -220,7 +220,7 @@ def measure(
     for name in every:
         record.check_time()
         try:
-            row = solver_row(bench, _checked(programs["solve", name]))
+            row = solver_row(bench, checked(programs["solve", name]))
             evaluations[name] = row["evaluations"]
         except Exception as error:
             row = {"result": said(error)}
@@ -234,12 +234,6 @@ def measure(
         except Exception as error:
             row = {"result": said(error)}
         record.add(table, {**bench.head, "method": name, **row})
-
-
-def _checked(program: Program | Exception) -> Program:
-    if isinstance(program, Exception):
-        raise program
-    return program
 
 
 def bare_row(bench: Bench) -> Row:

@@ -93,6 +93,13 @@ def _outcome(value: Any) -> Program | Exception:
     return value.result() if error is None else error
 
 
+def checked(program: Program | Exception) -> Program:
+    """A program, or the error that it did not compile with."""
+    if isinstance(program, Exception):
+        raise program
+    return program
+
+
 def milliseconds(call: Callable[[], Any], seconds: float = SECONDS) -> float:
     """The median time of a call that has run before."""
     times: list[float] = []

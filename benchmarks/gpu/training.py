@@ -29,7 +29,7 @@ from .networks import (
 )
 from .record import Record, Row
 from .solves import PRECISE, precision_name
-from .timing import compile_all, Job, Program, said
+from .timing import checked, compile_all, Job, said
 
 
 # What no loss counts.
@@ -189,9 +189,7 @@ def compile_task(task: Task) -> dict[Any, Job]:
     """The programs of a task's phases."""
     arrays = eqx.filter(task.model, eqx.is_array)
     state = task.optimiser().init(eqx.filter(task.model, eqx.is_inexact_array))
-    train, test = (jax.tree.map(jnp.asarray, task.samples.train),) + (
-        jax.tree.map(jnp.asarray, task.samples.test),
-    )
+    train, test = jax.tree.map(jnp.asarray, (task.samples.train, task.samples.test))
     rows = batches(len(train[1]), task.batch_size)
     test_rows = batches(len(test[1]), task.batch_size)
     jobs: dict[Any, Job] = {}
@@ -206,15 +204,12 @@ def run_task(
     task: Task, programs: dict[Any, Any], check_time: Callable[[], None]
 ) -> Iterator[Row]:
     """Train, and yield a row for every phase."""
-    for program in programs.values():
-        if isinstance(program, Exception):
-            raise program
+    programs = {key: checked(program) for key, program in programs.items()}
     rng = np.random.default_rng(0)
-    first: Program = programs["epoch", task.phases[0].depth]
+    first = programs["epoch", task.phases[0].depth]
     arrays, state, train, _ = first.arguments
     for phase in task.phases:
-        epoch: Program = programs["epoch", phase.depth]
-        test: Program = programs["test", phase.depth]
+        epoch, test = programs["epoch", phase.depth], programs["test", phase.depth]
         times, found = [], {}
         if phase.epochs < 3:
             # A program's first run loads it, which a median of more would not show.

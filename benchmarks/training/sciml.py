@@ -73,7 +73,24 @@ class SciMLCell(eqx.Module):
         return jnp.tanh(self.mix(jnp.tanh(self.state(z)) + jnp.tanh(self.inject(x))))
 
 
-class SciMLClassifier(models.AbstractModel):
+class AbstractClassifier(models.AbstractModel):
+    """A model that is a stem, an equilibrium and a head, without statistics."""
+
+    stem: eqx.AbstractVar[eqx.nn.Sequential]
+    head: eqx.AbstractVar[eqx.nn.Sequential]
+
+    def inject(
+        self, x: Float[Array, "channel height width"], state: eqx.nn.State
+    ) -> tuple[Float[Array, "channel height width"], eqx.nn.State]:
+        return self.stem(x), state
+
+    def read_out(
+        self, z: Float[Array, "channel height width"], state: eqx.nn.State
+    ) -> tuple[Float[Array, " class"], eqx.nn.State]:
+        return self.head(z), state
+
+
+class SciMLClassifier(AbstractClassifier):
     """A convolutional classifier whose head sees the means of the state's channels.
 
     **Arguments:**
@@ -126,13 +143,3 @@ class SciMLClassifier(models.AbstractModel):
                 eqx.nn.Linear(channels, config.num_classes, key=head_key),
             ]
         )
-
-    def inject(
-        self, x: Float[Array, "channel height width"], state: eqx.nn.State
-    ) -> tuple[Float[Array, "channel height width"], eqx.nn.State]:
-        return self.stem(x), state
-
-    def read_out(
-        self, z: Float[Array, "channel height width"], state: eqx.nn.State
-    ) -> tuple[Float[Array, " class"], eqx.nn.State]:
-        return self.head(z), state

@@ -97,6 +97,12 @@ def flat(tree):
     return ravel_pytree(tree)[0]
 
 
+def solved(entry, solver, weight, shift):
+    """The value, and what has no derivative."""
+    sol = find(entry, solver, weight, shift)
+    return sol.value, (sol.aux, sol.result)
+
+
 def check_examples(out, entry):
     """Of a batch: what was solved, and the derivatives that are there."""
     values, (aux, result), derivatives = out
@@ -118,10 +124,7 @@ def test_fixed_points_and_their_tangents(name):
     @eqx.filter_jit
     @eqx.filter_vmap
     def run(shift):
-        def value(weight, shift):
-            sol = find(optx.fixed_point, SOLVERS[name], weight, shift)
-            return sol.value, (sol.aux, sol.result)
-
+        value = ft.partial(solved, optx.fixed_point, SOLVERS[name])
         primals = WEIGHT, structured(shift)
         found, tangent, rest = jax.jvp(value, primals, TANGENT, has_aux=True)
         return found, rest, tangent
@@ -134,10 +137,7 @@ def test_roots_and_their_cotangents(name):
     @eqx.filter_jit
     @eqx.filter_vmap
     def run(shift):
-        def value(weight, shift):
-            sol = find(optx.root_find, SOLVERS[name], weight, shift)
-            return sol.value, (sol.aux, sol.result)
-
+        value = ft.partial(solved, optx.root_find, SOLVERS[name])
         primals = WEIGHT, structured(shift)
         found, pull_back, rest = jax.vjp(value, *primals, has_aux=True)
         return found, rest, pull_back(COTANGENT)
