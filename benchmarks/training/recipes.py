@@ -1,11 +1,13 @@
 """The published training recipes, from which the command line starts.
 
 Sizes, schedules and budgets are those of the papers' code. Its solvers count steps in
-another way than this library's, so a budget is similar, not equal.
+another way than this library's, so a budget is similar, not equal. Tests of texts have
+a larger one.
 """
 
 import dataclasses
 import sys
+from typing import Any
 
 from implicitnets import models
 
@@ -34,6 +36,9 @@ FEW_STEPS = EquilibriumOptions(
 # than those that the head was trained on.
 CONTRACT = JacobianOptions(jacobian_weight=2.0, jacobian_probability=0.5)
 _QUICK = OptimiserOptions(learning_rate=2e-3, schedule="cosine", warmup_steps=100)
+
+# A position of a text sees later ones by less than the last digit that is shown.
+_TIGHT_TESTS: dict[str, Any] = {"test_rtol": 1e-4, "test_max_steps": 100}
 
 _WIKITEXT = DataOptions("wikitext103", sequence_length=150)
 _WARMUP = OptimiserOptions(
@@ -193,7 +198,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             SMALL_TRANSFORMER,
             DataOptions("text", level="character"),
-            EquilibriumOptions(test_rtol=1e-4, test_max_steps=100),
+            EquilibriumOptions(**_TIGHT_TESTS),
             optimiser=OptimiserOptions(schedule="cosine", warmup_steps=200, clip=0.25),
             training=TrainingOptions(
                 pretraining_epochs=1, pretraining_depth=3, epochs=4
@@ -205,7 +210,9 @@ RECIPES: dict[str, tuple[str, Config]] = {
         Config(
             models.TransformerConfig.wikitext103(),
             _WIKITEXT,
-            EquilibriumOptions("anderson", max_steps=30, adjoint_max_steps=35),
+            EquilibriumOptions(
+                "anderson", max_steps=30, adjoint_max_steps=35, **_TIGHT_TESTS
+            ),
             _WARMUP,
             training=_WIKITEXT_TRAINING,
         ),
@@ -216,7 +223,11 @@ RECIPES: dict[str, tuple[str, Config]] = {
             models.TransformerConfig.wikitext103_regularised(),
             _WIKITEXT,
             EquilibriumOptions(
-                "anderson", max_steps=12, max_steps_delta=2, adjoint_max_steps=13
+                "anderson",
+                max_steps=12,
+                max_steps_delta=2,
+                adjoint_max_steps=13,
+                **_TIGHT_TESTS,
             ),
             _WARMUP,
             JacobianOptions(
@@ -231,7 +242,11 @@ RECIPES: dict[str, tuple[str, Config]] = {
             models.TransformerConfig.wikitext103_pre_norm(),
             _WIKITEXT,
             EquilibriumOptions(
-                "anderson", max_steps=14, max_steps_delta=2, adjoint_max_steps=14
+                "anderson",
+                max_steps=14,
+                max_steps_delta=2,
+                adjoint_max_steps=14,
+                **_TIGHT_TESTS,
             ),
             _WARMUP,
             JacobianOptions(

@@ -15,7 +15,7 @@ from benchmarks.training.recipes import RECIPES, SMALL_TRANSFORMER
 from benchmarks.training.studies.language_model import LanguageSettings
 from benchmarks.training.trainer import as_in_tests
 from implicitnets import DeepEquilibriumNetwork
-from implicitnets.models import DEQTransformer
+from implicitnets.models import DEQTransformer, TransformerConfig
 
 
 # Half of the last digit of the table's bits, which are between one and ten.
@@ -67,6 +67,17 @@ def test_later_characters_leak_less_than_is_shown(options):
         return jnp.max(jnp.ptp(found, axis=0)) / math.log(2)
 
     assert 0 < leak(options.test_rtol) < SHOWN < leak(options.rtol)
+
+
+@pytest.mark.one_precision
+def test_every_recipe_of_texts_is_tested_as_tightly():
+    found = {
+        (options.solver, options.atol, options.test_rtol, options.test_max_steps)
+        for _, config in RECIPES.values()
+        if isinstance(config.model, TransformerConfig)
+        for options in (config.equilibrium,)
+    }
+    assert len(found) == 1 and None not in found.pop()
 
 
 class _Network(eqx.Module):
