@@ -426,11 +426,16 @@ def nested_loss(x, weight, adjoint):
 def nested_values():
     """Without derivatives, and so the same under every adjoint: here, and shifted."""
     adjoint = inn.JacobianFreeAdjoint()
-    step, direction = tolerance(1e-2, 1e-5), make_vector(SIZE, seed=11)
+    step, direction = tolerance(4e-2, 1e-5), make_vector(SIZE, seed=11)
     program = jax.jit(ft.partial(nested_loss, weight=WEIGHT, adjoint=adjoint))
-    shifts = (0.0, step, -step)
-    value, above, below = (program(XS[0] + shift * direction) for shift in shifts)
-    return value, (above - below) / (2 * step), direction
+
+    def central(step):
+        above, below = (program(XS[0] + s * direction) for s in (step, -step))
+        return (above - below) / (2 * step)
+
+    # Of fourth order, so that the step may be long, and rounding is little beside it.
+    along = (4 * central(step) - central(2 * step)) / 3
+    return program(XS[0]), along, direction
 
 
 @pytest.mark.parametrize(
@@ -444,6 +449,6 @@ def test_layers_in_layers_in_losses(adjoint, nested_values):
     value, (grad_x, grad_weight) = program(XS[0], WEIGHT, adjoint)
     assert np.allclose(value, expected, rtol=tolerance(2e-5, 1e-9))
     assert np.allclose(
-        jnp.sum(grad_x * direction), along, rtol=tolerance(4e-3, 1e-7), atol=1e-6
+        jnp.sum(grad_x * direction), along, rtol=tolerance(2e-3, 1e-7), atol=1e-6
     )
     assert jnp.all(grad_weight != 0)

@@ -182,7 +182,7 @@ def test_image_models(make, config, image_shape, fixed_depth):
         return cross_entropy(jnp.moveaxis(logits, 1, -1), labels), state
 
     model, state, losses = fit(loss, model, state, optax.adam(1e-2), num_steps=80)
-    assert min(losses) < 0.5 * losses[0], min(losses)
+    assert losses[-1] < 0.5 * losses[0]
     evaluate = eqx.filter_jit(over_batch)
     model = eqx.nn.inference_mode(model)
     (logits, _), new_state = evaluate(model, images, state, None)
