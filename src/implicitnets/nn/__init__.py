@@ -9,6 +9,7 @@ from ._infinity_norm import (
     InfinityNorm as InfinityNorm,
     project as project,
 )
+from ._initialise import initialise as initialise
 from ._monotone import (
     MonotoneCell as MonotoneCell,
     MonotoneConvCell as MonotoneConvCell,
