@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 import implicitnets as inn
 from implicitnets import models
 
-from ..training.sciml import AbstractClassifier, SciMLCell, SciMLClassifier
+from ..training.sciml import AbstractClassifier, SciMLCell
 
 
 class Rounded(eqx.Module):
@@ -72,32 +72,8 @@ class ImageClassifier(AbstractClassifier):
 def image_classifier(image_shape: tuple[int, int, int], seed: int) -> ImageClassifier:
     """The tutorial's network with He-uniform weights outside of the cell."""
     keys = jr.split(jr.key(seed))
-    return he_uniform(ImageClassifier(image_shape, key=keys[0]), keys[1])
-
-
-def sciml_classifier(config: Any, seed: int) -> SciMLClassifier:
-    """SciML's network with He-uniform weights outside of the cell, as theirs has."""
-    keys = jr.split(jr.key(seed))
-    return he_uniform(SciMLClassifier(config, key=keys[0]), keys[1])
-
-
-def he_uniform(model: Any, key: PRNGKeyArray) -> Any:
-    """A model with He-uniform weights and zero biases in its stem and head."""
-
-    def is_layer(node):
-        return isinstance(node, eqx.nn.Conv | eqx.nn.Linear)
-
-    def draw(layer):
-        nonlocal key
-        if not is_layer(layer):
-            return layer
-        key, subkey = jr.split(key)
-        initialise = jax.nn.initializers.he_uniform(1, 0)
-        weight = initialise(subkey, layer.weight.shape)
-        bias = jnp.zeros_like(layer.bias)
-        return eqx.tree_at(lambda n: (n.weight, n.bias), layer, (weight, bias))
-
-    ends = jax.tree.map(draw, (model.stem, model.head), is_leaf=is_layer)
+    model = ImageClassifier(image_shape, key=keys[0])
+    ends = inn.nn.initialise((model.stem, model.head), key=keys[1])
     return eqx.tree_at(lambda model: (model.stem, model.head), model, ends)
 
 

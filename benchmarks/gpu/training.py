@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import optax
 import optimistix as optx
@@ -19,12 +20,11 @@ import implicitnets as inn
 
 from ..training.equilibrium import EquilibriumOptions, make_layer
 from ..training.fit import descend
-from ..training.sciml import ModelType, SciMLConfig
+from ..training.sciml import ModelType, SciMLClassifier, SciMLConfig
 from .networks import (
     image_classifier,
     in_bfloat16,
     language_model,
-    sciml_classifier,
     tightly_solved,
     with_layer,
 )
@@ -418,7 +418,7 @@ def train_sciml(record: Record, small: bool, path: pathlib.Path | None = None) -
         config = SciMLConfig(
             samples.train[0].shape[1:], kind, channels=8 if small else 64
         )
-        model = sciml_classifier(config, seed=0)
+        model = SciMLClassifier(config, key=jr.key(0))
         options = EquilibriumOptions(solver, max_steps=10, adjoint_max_steps=10)
         tasks.append(
             Task(

@@ -1,7 +1,7 @@
 """Train any of the models on any of the data sets.
 
 ```bash
-python -m benchmarks.training tutorial --dataset digits
+python -m benchmarks.training tutorial --dataset mnist_subset
 python -m benchmarks.training resnet --dataset fashion_mnist --data-dir fashion-mnist
 python -m benchmarks.training transformer --data-dir book.txt
 python -m benchmarks.training transformer --help
@@ -16,7 +16,8 @@ finish the step and save. What decides a step of the training has to stay the sa
 
 ```bash
 python -m benchmarks.training tutorial --evaluate --best
-python -m benchmarks.training tutorial --start-from runs/sciml-digits-0 --output-dir new
+python -m benchmarks.training tutorial --start-from runs/sciml-mnist_subset-0 \\
+    --output-dir new
 ```
 """
 

