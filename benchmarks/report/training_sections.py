@@ -47,7 +47,8 @@ TRAINING_SECTIONS = (
         (
             Exhibit(
                 "sciml_tutorial_logs",
-                "What their logs show, one seed each, beside the same phase here",
+                "Two logs on the tutorial's page, of one seed each, beside the same "
+                "phases here",
                 every,
                 table_of="logs",
             ),

@@ -32,7 +32,7 @@ import jax.tree_util as jtu
 import tyro
 
 from ...kit.results import machine, num_cores, save, Settings, versions
-from ...kit.tables import print_table, Row, select
+from ...kit.tables import NOT_RUN, print_table, Row, select
 from ...kit.timing import progress
 from ..data import Data, DataOptions, load
 from ..equilibrium import EquilibriumOptions, SolverName
@@ -46,9 +46,9 @@ from ..trainer import Trainer, TrainState
 
 # From the logs on the pages of two versions: of September 2024, with Lux 1.0.1, and of
 # July 2026. Compiling is what the first calls took. The loss is the mean of the seven
-# batches that the log shows of the last epoch. An epoch's seconds are those from the
-# first to the last of them, for all 63 batches; with the equilibrium, the mean of the
-# last two epochs, in which nothing is compiled.
+# batches that the log shows of the last epoch, with the penalty, of at most 0.01. An
+# epoch's seconds are those from the first to the last of them, for all 63 batches; with
+# the equilibrium, the mean of the last two epochs, in which nothing is compiled.
 GPU = "DeepEquilibriumNetworks.jl 2.3.0 (GPU)"
 CPU = "DeepEquilibriumNetworks.jl 2.7.2 (4 CPU cores)"
 LOGS: list[Row] = [
@@ -111,11 +111,16 @@ class Table:
 
     @property
     def rows(self) -> list[Row]:
-        """The finished rows, model by model, with the solvers in their order."""
-        rows = {_name(entry["row"]): entry["row"] for entry in self._entries}
+        """Every row in its place, also those that are not finished."""
+        finished = {_name(entry["row"]): entry["row"] for entry in self._entries}
         phases = "pretraining", *TutorialSettings.solvers
-        order = itertools.product(get_args(ModelType), phases)
-        return [rows[name] for name in order if name in rows]
+        return [
+            finished.get(
+                (model, phase),
+                {"model": model, "phase": phase, "of each seed (%)": NOT_RUN},
+            )
+            for model, phase in itertools.product(get_args(ModelType), phases)
+        ]
 
     @property
     def beside_the_logs(self) -> list[Row]:
@@ -126,7 +131,7 @@ class Table:
         for row in self.rows:
             logs = [log for log in LOGS if _name(log) == _name(row)]
             for of in [row | {"of": ours}, *logs] if logs else []:
-                lines += select([of], tuple(LOGS[0]))
+                lines += select([of], (*LOGS[0], "evaluations"))
         return lines
 
     def find(self, model: str, phase: str, facts: dict[str, Any]) -> Row | None:

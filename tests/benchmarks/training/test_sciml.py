@@ -59,14 +59,19 @@ def test_table_goes_on_from_its_file_and_has_the_logs(tmp_path, capsys):
     # One with other settings is replaced.
     table.add(row("deq", "adams") | {"accuracy (%)": 71.0}, {"seeds": 4})
     tables = json.loads((tmp_path / f"{NAME}.json").read_text())["tables"]
-    assert [(row["model"], row["phase"]) for row in tables["rows"]] == [
+    rows = {(row["model"], row["phase"]): row for row in tables["rows"]}
+    assert len(rows) == len(tables["rows"]) == 18
+    assert [name for name, row in rows.items() if "accuracy (%)" in row] == [
         ("deq", "pretraining"),
         ("deq", "adams"),
         ("skipdeq", "adams"),
     ]
+    assert rows["skipdeq", "tsit5"]["of each seed (%)"] == "not run"
     # Skip DEQs are not in the logs, and every other phase is there twice.
     assert [line["accuracy (%)"] for line in tables["logs"]] == [
         *(70.0, 64.4, 51.8),
         *(71.0, 70.8, 70.4),
+        *(None, 66.6, 68.4),
+        *(None, 76.2, 73.8),
     ]
-    assert {len(line) for line in tables["logs"]} == {len(LOGS[0])}
+    assert {*tables["logs"][0]} == {*LOGS[0], "evaluations"}
