@@ -33,12 +33,16 @@ class SciMLConfig:
     cell's value for zeros (`skipregdeq`)."""
     channels: int = 64
     """How many channels the cell has."""
+    windows: int = 1
+    """The head sees every channel's means over so many windows by as many. In the
+    tutorial there is one, of all pixels."""
     num_classes: int = 10
     """The number of logits."""
 
     def __post_init__(self):
-        if self.channels < 1:
-            raise ValueError(f"`channels` must be positive; got {self.channels}.")
+        for name in ("channels", "windows"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"`{name}` must be positive; got {value}.")
 
 
 _Layer = TypeVar("_Layer", eqx.nn.Conv2d, eqx.nn.Linear)
@@ -98,7 +102,7 @@ class AbstractClassifier(models.AbstractModel):
 
 
 class SciMLClassifier(AbstractClassifier):
-    """A convolutional classifier whose head sees the means of the state's channels.
+    """A convolutional classifier whose head sees means of the state's channels.
 
     **Arguments:**
 
@@ -144,11 +148,14 @@ class SciMLClassifier(AbstractClassifier):
             self.deq = inn.SkipDeepEquilibriumNetwork(
                 cell, solver, init=init if config.model_type == "skipdeq" else None
             )
+        pool = eqx.nn.AdaptiveAvgPool2d(config.windows)
+        num_features = channels * config.windows**2
+        linear = eqx.nn.Linear(num_features, config.num_classes, key=head_key)
         self.head = eqx.nn.Sequential(
             [
                 eqx.nn.GroupNorm(channels, channels),
                 eqx.nn.Lambda(jax.nn.relu),
-                eqx.nn.Lambda(lambda features: jnp.mean(features, axis=(1, 2))),
-                as_in_lux(eqx.nn.Linear(channels, config.num_classes, key=head_key)),
+                eqx.nn.Lambda(lambda features: jnp.ravel(pool(features))),
+                as_in_lux(linear),
             ]
         )

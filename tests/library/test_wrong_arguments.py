@@ -543,6 +543,9 @@ CASES = (
             (models.TanhConfig(), "num_classes", True),
             (models.ResNetConfig(), "image_shape", (28, 28)),
             (models.ResNetConfig(), "pool_stride", 0),
+            (models.ResNetConfig(), "stride", 0),
+            (models.ResNetConfig(), "pool_size", 0),
+            (models.ResNetConfig(), "gain", 0.0),
             (models.CausalTransformerConfig(), "length", 0),
             (models.CausalTransformerConfig(), "dropout", -0.1),
         )

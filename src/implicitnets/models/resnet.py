@@ -1,5 +1,6 @@
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import diffrax as dfx
 import equinox as eqx
@@ -12,14 +13,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
 from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
-from .._internal.checks import check_value
+from .._internal.checks import check_number, check_value, POSITIVE
 from .._solver.anderson import AndersonAcceleration
 from ._config import check_config, check_sizes, check_tuple
 from ._layers import batch_norm, conv, draw_convolutions
 from ._model import AbstractModel
 
 
-_POOL_SIZE = 8
+_Norm = TypeVar("_Norm", eqx.nn.BatchNorm, eqx.nn.GroupNorm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +42,25 @@ class ResNetConfig:
     """How many channels the cell has between its two convolutions."""
     groups: int = 8
     """How many groups each group normalisation of the cell has."""
-    pool_stride: int = _POOL_SIZE
-    """How far apart the windows of 8 x 8 pixels are whose means the head sees."""
+    gain: float = 1.0
+    """What the weights of the normalisations behind the stem and behind `x + conv` in
+    the cell start from. The louder these are next to the state, the stronger the cell
+    contracts, and the fewer evaluations an equilibrium takes."""
+    stride: int = 1
+    """How far apart the pixels are that the stem keeps. With 2 the state has half the
+    height and width, and the cell costs a quarter."""
+    pool_size: int = 8
+    """How high and wide the windows of the state are whose means the head sees."""
+    pool_stride: int = 8
+    """How far apart these windows are."""
     num_classes: int = 10
     """The number of logits."""
 
     def __post_init__(self):
         check_tuple(self, "image_shape", "three positive integers", 3)
         check_sizes(self, "channels", "inner_channels", "groups")
-        check_sizes(self, "pool_stride", "num_classes")
+        check_sizes(self, "stride", "pool_size", "pool_stride", "num_classes")
+        check_number(self, "gain", self.gain, POSITIVE)
         channels = self.channels, self.inner_channels
         check_value(
             self,
@@ -101,7 +112,7 @@ class ResNetCell(eqx.Module):
         convs = conv(outer, inner, 3, key=key1), conv(inner, outer, 3, key=key2)
         self.conv1, self.conv2 = draw_convolutions(convs, key=draw_key)
         self.norm1 = eqx.nn.GroupNorm(config.groups, inner)
-        self.norm2 = eqx.nn.GroupNorm(config.groups, outer)
+        self.norm2 = _with_gain(eqx.nn.GroupNorm(config.groups, outer), config.gain)
         self.norm3 = eqx.nn.GroupNorm(config.groups, outer)
 
     def __call__(
@@ -135,6 +146,7 @@ class ResNetDEQ(AbstractModel):
     deq: AbstractDeepEquilibriumNetwork
     head_norm: eqx.nn.BatchNorm
     head: eqx.nn.Linear
+    pool_size: int = eqx.field(static=True)
     pool_stride: int = eqx.field(static=True)
 
     def __init__(
@@ -151,8 +163,13 @@ class ResNetDEQ(AbstractModel):
         stem_key, cell_key, head_key = jr.split(key, 3)
         in_channels, *image_size = config.image_shape
         channels = config.channels
-        self.stem = conv(in_channels, channels, 3, use_bias=True, key=stem_key)
-        self.stem_norm = batch_norm(channels)
+        self.stem = conv(
+            *(in_channels, channels, 3),
+            stride=config.stride,
+            use_bias=True,
+            key=stem_key,
+        )
+        self.stem_norm = _with_gain(batch_norm(channels), config.gain)
         self.deq = DeepEquilibriumNetwork(
             ResNetCell(config, key=cell_key),
             solver,
@@ -161,25 +178,31 @@ class ResNetDEQ(AbstractModel):
             max_steps=max_steps,
         )
         self.head_norm = batch_norm(channels)
-        self.pool_stride = config.pool_stride
-        num_windows = [-(-size // config.pool_stride) for size in image_size]
+        self.pool_size, self.pool_stride = config.pool_size, config.pool_stride
+        apart = config.stride * config.pool_stride
+        num_windows = [-(-size // apart) for size in image_size]
         num_features = channels * num_windows[0] * num_windows[1]
         self.head = eqx.nn.Linear(num_features, config.num_classes, key=head_key)
 
     def inject(
         self, x: Float[Array, "channel height width"], state: eqx.nn.State
-    ) -> tuple[Float[Array, "channel2 height width"], eqx.nn.State]:
+    ) -> tuple[Float[Array, "channel2 height2 width2"], eqx.nn.State]:
         return self.stem_norm(self.stem(x), state)
 
     def read_out(
         self, z: Float[Array, "channel height width"], state: eqx.nn.State
     ) -> tuple[Float[Array, " classes"], eqx.nn.State]:
         z, state = self.head_norm(z, state)
-        return self.head(jnp.ravel(_average_pool(z, self.pool_stride))), state
+        means = _average_pool(z, self.pool_size, self.pool_stride)
+        return self.head(jnp.ravel(means)), state
+
+
+def _with_gain(norm: _Norm, gain: float) -> _Norm:
+    return eqx.tree_at(lambda norm: norm.weight, norm, replace_fn=lambda w: gain * w)
 
 
 def _average_pool(
-    x: Float[Array, "channel height width"], stride: int
+    x: Float[Array, "channel height width"], size: int, stride: int
 ) -> Float[Array, "channel _ _"]:
-    window, strides = (1, _POOL_SIZE, _POOL_SIZE), (1, stride, stride)
-    return lax.reduce_window(x, 0.0, lax.add, window, strides, "SAME") / _POOL_SIZE**2
+    window, strides = (1, size, size), (1, stride, stride)
+    return lax.reduce_window(x, 0.0, lax.add, window, strides, "SAME") / size**2

@@ -20,6 +20,20 @@ from benchmarks.training.studies.sciml_tutorial import (
 pytestmark = pytest.mark.one_precision
 
 
+def test_the_head_sees_means_of_windows():
+    model = SciMLClassifier(SciMLConfig(channels=2, windows=3), key=jr.key(0))
+    features = jr.normal(jr.key(1), (2, 13, 13))
+    found = model.head[2](features)
+    # Windows of 5, 4 and 4 pixels.
+    parts = [jnp.split(rows, (5, 9), axis=2) for rows in jnp.split(features, (5, 9), 1)]
+    means = jnp.stack([jnp.mean(part, (1, 2)) for row in parts for part in row], 1)
+    np.testing.assert_allclose(found, jnp.ravel(means), rtol=1e-5)
+    one = SciMLClassifier(SciMLConfig(channels=2), key=jr.key(0))
+    np.testing.assert_allclose(
+        one.head[2](features), jnp.mean(features, axis=(1, 2)), rtol=1e-5
+    )
+
+
 def test_weights_are_drawn_as_in_lux():
     model = SciMLClassifier(SciMLConfig(model_type="skipdeq"), key=jr.key(0))
     layers = {

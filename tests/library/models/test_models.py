@@ -1,3 +1,4 @@
+import dataclasses
 import functools as ft
 
 import equinox as eqx
@@ -122,6 +123,43 @@ def test_shapes_at_published_sizes(make, config, scales):
         (2, *shape) for shape in scales
     ]
     assert eqx.tree_equal(state, new_state)
+
+
+def test_strides_of_the_residual_network():
+    """The stem keeps every second pixel, and the head sees the means of windows."""
+    config = dataclasses.replace(
+        TINY_RESNET, image_shape=(1, 7, 8), stride=2, pool_size=2, pool_stride=2
+    )
+    model, state = eqx.nn.make_with_state(ResNetDEQ)(config, key=jr.key(0))
+    model = eqx.nn.inference_mode(model)
+    x, _ = model.inject(jr.normal(jr.key(1), config.image_shape), state)
+    assert x.shape == (4, 4, 4)
+    logits, _ = model.read_out(x, state)
+    means = jnp.mean(x.reshape(4, 2, 2, 2, 2), axis=(2, 4))
+    # By the head's normalisation, whose statistics are those of nothing yet.
+    normalised = means / jnp.sqrt(1 + model.head_norm.eps)
+    expected = model.head(jnp.ravel(normalised))
+    np.testing.assert_allclose(logits, expected, rtol=tolerance(1e-5, 1e-12))
+
+
+@ONCE
+def test_a_gain_makes_the_cell_of_the_residual_network_contract():
+    x = jr.normal(jr.key(1), TINY_RESNET.image_shape)
+
+    @eqx.filter_jit
+    def of(model, state):
+        injection, _ = eqx.nn.inference_mode(model).inject(x, state)
+        z_star = model.deq(injection)
+        radius = inn.spectral_radius(model.deq.cell, z_star, injection, key=jr.key(2))
+        return injection, radius
+
+    found = []
+    for gain in (1.0, 4.0):
+        config = dataclasses.replace(TINY_RESNET, gain=gain)
+        found.append(of(*eqx.nn.make_with_state(ResNetDEQ)(config, key=jr.key(0))))
+    (quiet, large), (loud, small) = found
+    np.testing.assert_allclose(loud, 4 * quiet, rtol=1e-6)
+    assert small < 0.7 * large
 
 
 @pytest.mark.one_precision
