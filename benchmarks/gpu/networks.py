@@ -80,20 +80,11 @@ def image_classifier(image_shape: tuple[int, int, int], seed: int) -> ImageClass
 def language_model(
     vocab_size: int, length: int, width: int, seed: int
 ) -> models.CausalTransformerDEQ:
-    """A transformer layer at equilibrium, without dropout.
-
-    The embeddings are as large as those of the transformer with a memory: next to small
-    ones the cell sees hardly anything but its state, and does not contract.
-    """
+    """A transformer layer at equilibrium, without dropout."""
     config = models.CausalTransformerConfig(
         vocab_size, length, width, num_heads=max(1, width // 64), dropout=0.0
     )
-    model = models.CausalTransformerDEQ(config, key=jr.key(seed))
-    return eqx.tree_at(
-        lambda model: (model.embedding.weight, model.positions),
-        model,
-        replace_fn=lambda embeddings: embeddings * width**0.5,
-    )
+    return models.CausalTransformerDEQ(config, key=jr.key(seed))
 
 
 def with_layer(model: Any, layer: inn.AbstractDeepEquilibriumNetwork) -> Any:

@@ -4,14 +4,18 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
 
+from ..nn import initialise
+
 
 _Tree = TypeVar("_Tree")
+
+# A cell with small weights is a contraction at first, so that there is an equilibrium
+# and it is easy to find.
+_SMALL = jax.nn.initializers.normal(0.01)
 
 RELU = eqx.nn.Lambda(jax.nn.relu)
 
@@ -52,23 +56,16 @@ def linear(
 ) -> eqx.nn.Linear:
     """A linear layer with small normal weights, and biases of zero."""
     layer = eqx.nn.Linear(in_size, out_size, use_bias, key=key)
-    weight = 0.01 * jr.normal(key, layer.weight.shape, layer.weight.dtype)
-    layer = eqx.tree_at(lambda layer: layer.weight, layer, weight)
-    if use_bias:
-        layer = eqx.tree_at(lambda layer: layer.bias, layer, jnp.zeros(out_size))
-    return layer
+    return initialise(layer, _SMALL, key=key)
 
 
 def draw_convolutions(tree: _Tree, *, key: PRNGKeyArray) -> _Tree:
     """The pytree with small normal weights and biases in all its convolutions."""
 
-    # A cell with small weights is a contraction at first, so that there is an
-    # equilibrium and it is easy to find.
     def is_conv(node):
         return isinstance(node, eqx.nn.Conv2d)
 
     convs, others = eqx.partition(tree, jtu.tree_map(is_conv, tree, is_leaf=is_conv))
     # One draw for all of them, as every shape would be compiled on its own.
     weights, unravel = ravel_pytree(convs)
-    normal = 0.01 * jr.normal(key, weights.shape, weights.dtype)
-    return eqx.combine(unravel(normal), others)
+    return eqx.combine(unravel(_SMALL(key, weights.shape, weights.dtype)), others)

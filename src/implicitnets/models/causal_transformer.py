@@ -99,10 +99,10 @@ class CausalTransformerCell(eqx.Module):
 class CausalTransformerDEQ(AbstractModel):
     """A small language model: a transformer layer at equilibrium, without a memory.
 
-    The model of the deq-jax library; [`implicitnets.models.DEQTransformer`][] is the
-    full model, and says how causal a solve is. The logits of a sequence are those of
-    the token after each position.
-    There are no statistics, so the `state` is empty.
+    The model of the deq-jax library, but for its embeddings, which are the square root
+    of the width times as large at first; [`implicitnets.models.DEQTransformer`][] is
+    the full model, and says how causal a solve is. The logits of a sequence are those
+    of the token after each position. There are no statistics, so the `state` is empty.
 
     **Arguments:**
 
@@ -128,14 +128,12 @@ class CausalTransformerDEQ(AbstractModel):
         check_config(self, config, CausalTransformerConfig)
         embedding_key, position_key, cell_key, head_key = jr.split(key, 4)
         width = config.width
-        embeddings, self.positions = (
-            0.02 * jr.truncated_normal(key, -2, 2, (size, width))
-            for size, key in (
-                (config.vocab_size, embedding_key),
-                (config.length, position_key),
-            )
-        )
+        # Next to small embeddings the cell sees hardly anything but its state, and does
+        # not contract.
+        draw = jax.nn.initializers.truncated_normal(0.02 * width**0.5)
+        embeddings = draw(embedding_key, (config.vocab_size, width))
         self.embedding = eqx.nn.Embedding(weight=embeddings)
+        self.positions = draw(position_key, (config.length, width))
         self.deq = DeepEquilibriumNetwork(
             CausalTransformerCell(config, key=cell_key),
             solver,

@@ -11,9 +11,8 @@ from ..._adjoint.implicit import ImplicitAdjoint
 from ..._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
 from ..._solution import EquilibriumSolution
 from ..._solver.anderson import AndersonAcceleration
-from ...nn import VariationalDropout, weight_norm
+from ...nn import initialise, VariationalDropout, weight_norm
 from .._config import check_config
-from .._layers import linear
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .attention import distance_embedding
 from .cell import TransformerCell
@@ -47,7 +46,8 @@ class DEQTransformer(eqx.Module):
     by [`implicitnets.set_fixed_depth`][], or that reads one position at a time, sees
     nothing.
 
-    Bai et al., *Deep Equilibrium Models*, 2019.
+    Bai et al., *Deep Equilibrium Models*, 2019. All weights start as there, small,
+    but for the layer that injects the input: it learns faster from larger ones.
 
     **Arguments:**
 
@@ -80,9 +80,8 @@ class DEQTransformer(eqx.Module):
         projections = 3 * config.num_heads * config.head_width
         self.embedding = AdaptiveEmbedding(config, key=embedding_key)
         self.embedding_dropout = VariationalDropout(config.dropout, shared_axes=0)
-        self.inject_layer = linear(
-            config.width, projections, use_bias=True, key=inject_key
-        )
+        layer = eqx.nn.Linear(config.width, projections, key=inject_key)
+        self.inject_layer = initialise(layer, key=inject_key)
         self.deq = DeepEquilibriumNetwork(
             cell, solver, zero_state=_zero_state, adjoint=adjoint, max_steps=max_steps
         )
