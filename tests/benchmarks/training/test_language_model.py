@@ -36,7 +36,7 @@ CONFIG = dataclasses.replace(
 def enlarged(model):
     """With weights as small as at first, nothing depends on anything much."""
     return eqx.tree_at(
-        lambda m: (m.embedding, m.inject_layer, m.deq.cell),
+        lambda m: (m.embedding, m.deq.cell),
         model,
         replace_fn=lambda tree: jtu.tree_map(
             lambda x: 30 * x if eqx.is_inexact_array(x) else x, tree

@@ -101,7 +101,7 @@ def make_transformer(**kwargs):
         return 30 * leaf if eqx.is_inexact_array(leaf) else leaf
 
     return eqx.tree_at(
-        lambda m: (m.embedding, m.inject_layer, m.deq.cell),
+        lambda m: (m.embedding, m.deq.cell),
         model,
         replace_fn=lambda tree: jtu.tree_map(enlarge, tree),
     )
