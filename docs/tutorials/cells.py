@@ -155,10 +155,11 @@ class Classifier(eqx.Module):
 
     def __init__(self, *, channels=16, key):
         stem_key, cell_key, head_key = jr.split(key, 3)
-        self.stem = eqx.nn.Conv2d(1, channels, 3, stride=2, padding=1, key=stem_key)
+        stem = eqx.nn.Conv2d(1, channels, 3, stride=2, padding=1, key=stem_key)
+        head = eqx.nn.Linear(channels * 16, 10, key=head_key)
+        self.stem, self.head = inn.nn.initialise((stem, head), key=head_key)
         cell = inn.nn.weight_norm(ConvCell(channels, key=cell_key))
         self.deq = inn.DeepEquilibriumNetwork(cell)
-        self.head = eqx.nn.Linear(channels * 16, 10, key=head_key)
 
     def __call__(self, image, *, key=None):
         z = self.deq(self.stem(image.reshape(1, 8, 8)), key=key)

@@ -39,7 +39,7 @@ def enlarged(model):
         lambda m: (m.embedding, m.deq.cell),
         model,
         replace_fn=lambda tree: jtu.tree_map(
-            lambda x: 30 * x if eqx.is_inexact_array(x) else x, tree
+            lambda x: 20 * x if eqx.is_inexact_array(x) else x, tree
         ),
     )
 
@@ -59,7 +59,7 @@ def test_later_characters_leak_less_than_is_shown(options):
         solver = SOLVERS[options.solver](rtol, options.atol)
         model = enlarged(
             DEQTransformer(
-                CONFIG, solver, max_steps=options.test_max_steps, key=jr.key(0)
+                CONFIG, solver, max_steps=options.test_max_steps, key=jr.key(1)
             )
         )
         (log_probs, _), _ = jax.vmap(lambda x: model(x, model.empty_memory()))(texts)
