@@ -124,6 +124,23 @@ SECTIONS = (
         takes="data_dir",
     ),
     Section(
+        "budgets",
+        "Few evaluations",
+        "How close to the root is a solve of few evaluations, next to a loop of as "
+        "many applications of the cell?",
+        (
+            Exhibit(
+                "budgets",
+                "The mean error over that of the plain iteration; above one is worse "
+                "than a loop. With `warmup=0` a solver accelerates from the first step "
+                "on",
+                every,
+            ),
+        ),
+        minutes=2,
+        quick=("--problems", "lin"),
+    ),
+    Section(
         "warm_start",
         "A start at the last equilibrium",
         "How many evaluations does the equilibrium of a similar input save?",

@@ -35,12 +35,14 @@ from ._internal.checks import (
     Part,
 )
 from ._internal.manual import vary_like
+from ._internal.observe import observed
 from ._internal.optimistix import solve_inputs
 from ._internal.parametrise import resolve
 from ._internal.pytree import tree_all_finite, tree_astype, working_dtype
 from ._internal.types import Stats, Tags
 from ._internal.unvmap import unvmap_any
 from ._solution import EquilibriumSolution
+from ._solver.abstract import AbstractSolver
 from ._solver.anderson import AndersonAcceleration
 from ._solver.progress import divergence_bound
 from ._solver.steady_state import SteadyState
@@ -211,7 +213,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         else:
             z_star, result, stats = self._unroll(z0, arguments)
         residual = lax.stop_gradient(cell_residual(z_star, arguments))
-        result = _judge(result, z0, z_star, residual, arguments)
+        result = self._judge(result, z0, z_star, residual, arguments)
         if self.throw:
             z_star = result.error_if(z_star, result != optx.RESULTS.successful)
         return EquilibriumSolution(
@@ -250,6 +252,45 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         )
         depth = jnp.array(self.fixed_depth)
         return z_star, optx.RESULTS.successful, {"num_steps": depth, "nfe": depth}
+
+    def _judge(
+        self,
+        result: optx.RESULTS,
+        z0: PyTree[Array],
+        z_star: PyTree[Array],
+        residual: PyTree[Array],
+        arguments: CellArguments,
+    ) -> optx.RESULTS:
+        """A solver's own result, corrected for what it has not seen."""
+        # Optimistix checks the iterate before the last step, and for divergence only
+        # some of its solvers do (`optimistix/_iterate.py`, version 0.1.0).
+        z0, z_star, arguments = detach((z0, z_star, arguments))
+        failed = result != optx.RESULTS.successful
+
+        def norm(tree):
+            return optx.two_norm(tree_astype(tree, working_dtype(tree)))
+
+        def start_bound():
+            f0 = call_cell(z0, arguments)
+            residual0 = jtu.tree_map(jnp.subtract, f0, z0)
+            return divergence_bound(f0, norm(residual0), norm(f0))
+
+        # Evaluated only if an example of the batch needs it.
+        residual_norm = norm(residual)
+        bound = lax.cond(
+            unvmap_any(failed), start_bound, lambda: jnp.zeros_like(residual_norm)
+        )
+        diverged = (result == optx.RESULTS.nonlinear_max_steps_reached) & (
+            residual_norm > bound
+        )
+        result = optx.RESULTS.where(diverged, optx.RESULTS.nonlinear_divergence, result)
+        solver = observed(self.solver)
+        if isinstance(solver, AbstractSolver):
+            # What was returned after the last step may be the equilibrium.
+            holds = solver.accepts(*detach((z_star, residual)))
+            result = optx.RESULTS.where(holds, optx.RESULTS.successful, result)
+        finite = tree_all_finite((z_star, residual))
+        return optx.RESULTS.where(finite, result, optx.RESULTS.nonfinite)
 
 
 class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
@@ -426,37 +467,3 @@ class _ResidualAdjoint(optx.AbstractAdjoint):
 
 def _rewrite_residual(z_star: PyTree[Array], _: Any, inputs: tuple) -> PyTree[Array]:
     return cell_residual(z_star, solve_inputs(inputs).args)
-
-
-def _judge(
-    result: optx.RESULTS,
-    z0: PyTree[Array],
-    z_star: PyTree[Array],
-    residual: PyTree[Array],
-    arguments: CellArguments,
-) -> optx.RESULTS:
-    """A solver's own result, corrected for what it has not seen."""
-    # Optimistix checks the iterate before the last step, and for divergence only some
-    # of its solvers do (`optimistix/_iterate.py`, version 0.1.0).
-    z0, z_star, arguments = detach((z0, z_star, arguments))
-    failed = result != optx.RESULTS.successful
-
-    def norm(tree):
-        return optx.two_norm(tree_astype(tree, working_dtype(tree)))
-
-    def start_bound():
-        f0 = call_cell(z0, arguments)
-        residual0 = jtu.tree_map(jnp.subtract, f0, z0)
-        return divergence_bound(f0, norm(residual0), norm(f0))
-
-    # Evaluated only if an example of the batch needs it.
-    residual_norm = norm(residual)
-    bound = lax.cond(
-        unvmap_any(failed), start_bound, lambda: jnp.zeros_like(residual_norm)
-    )
-    diverged = (result == optx.RESULTS.nonlinear_max_steps_reached) & (
-        residual_norm > bound
-    )
-    result = optx.RESULTS.where(diverged, optx.RESULTS.nonlinear_divergence, result)
-    finite = tree_all_finite((z_star, residual))
-    return optx.RESULTS.where(finite, result, optx.RESULTS.nonfinite)

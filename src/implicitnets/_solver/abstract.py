@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from .._internal.checks import check_options
 from .._internal.loop import SolverState, Unfrozen
 from .._internal.manual import vary_like
 from .._internal.types import Answer, Aux, Fn, Options, Tags, Verdict, Y
-from .progress import Progress
+from .progress import Progress, start_progress
 
 
 _Kept = TypeVar("_Kept")
@@ -104,6 +104,12 @@ class AbstractSolver(optx.AbstractIterativeSolver, Generic[_Kept, _Free]):
     ) -> Answer:
         del options, result
         return self._answer(Problem(fn, args, tags), y, aux, state.kept)
+
+    def accepts(self, y: Y, residual: Y) -> Bool[Array, ""]:
+        """Whether the stopping rule holds at an iterate."""
+        f = jtu.tree_map(jnp.add, y, residual)
+        progress = self._judge(start_progress(y), y, f, residual)
+        return progress.converged & progress.finite
 
     def _judge(self, progress: Progress, y: Y, f: Y, residual: Y) -> Progress:
         """By the solver's own stopping rule."""

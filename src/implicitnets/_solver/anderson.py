@@ -26,7 +26,12 @@ from .._internal.pytree import (
 )
 from .._internal.types import Answer, Aux, Norm, Verdict, Y
 from .abstract import AbstractSolver, Problem
+from .onset import Onset, start_onset
 from .progress import Progress, start_progress
+
+
+# How small the residual that a combination promises has to be, relative to the newest.
+_WORTHWHILE = 0.8
 
 
 class _History(eqx.Module):
@@ -36,6 +41,7 @@ class _History(eqx.Module):
     residual_differences: PyTree[Array]
     gram: Float[Array, " history history"]
     projection: Float[Array, " history"]
+    onset: Onset
 
 
 def solve_gram(
@@ -80,9 +86,11 @@ class AndersonAcceleration(
     Suryanarayana and Pask, *Anderson acceleration of the Jacobi iterative method*,
     2016).
 
-    Stops when `norm(f(z) - z) <= atol + rtol * norm(f(z))`, and returns the iterate
-    with the least residual of all that were evaluated. The statistics have `nfe`, the
-    number of evaluations.
+    Stops when `norm(f(z) - z) <= atol + rtol * norm(f(z))`, and returns the iterate for
+    which that holds. A solve that stops before, after `max_steps` for example, returns
+    the iterate after the one with the least residual: no evaluation is thrown away, and
+    with few of them it is as close to the root as the plain iteration. The statistics
+    have `nfe`, the number of evaluations.
 
     If the history becomes linearly dependent, this difference form leaves it out and
     takes a plain step. The form with coefficients that sum to one takes the average of
@@ -106,6 +114,12 @@ class AndersonAcceleration(
     - `damping`: the weight of the state in every step, accelerated or plain; its value
         has the weight `1 - damping`, which is called `beta` elsewhere. 0 is undamped, a
         negative weight extrapolates.
+    - `warmup`: after how many evaluations to accelerate at the latest. Before, and with
+        the first steps of most random maps, an acceleration shrinks the residual and
+        not the error, so it has to be shown that it pays: residuals two steps apart are
+        alike, or the residual grows. From then on a step is accelerated if that
+        promises a residual a fifth smaller. 0 for the classical method, which always
+        accelerates.
     """
 
     rtol: ScalarLike
@@ -115,11 +129,13 @@ class AndersonAcceleration(
     period: int = integer(3)
     ridge: ScalarLike = 1e-7
     damping: ScalarLike = 0.0
+    warmup: int = integer(8)
 
     def __check_init__(self):
         check_stopping_rule(self)
         check_integer(self, "history_size", self.history_size, 1)
         check_integer(self, "period", self.period, 1)
+        check_integer(self, "warmup", self.warmup, 0)
         check_number(self, "ridge", self.ridge, POSITIVE)
         weight = Range("a number in the interval [-1, 1)", lambda x: -1 <= x < 1)
         check_number(self, "damping", self.damping, weight)
@@ -138,6 +154,7 @@ class AndersonAcceleration(
             residual_differences=empty,
             gram=jnp.zeros((m, m), dtype),
             projection=jnp.zeros(m, dtype),
+            onset=start_onset(y),
         )
         return start_progress(y), history
 
@@ -190,6 +207,9 @@ class AndersonAcceleration(
         row = projection - history.projection
         square = tree_dot(residual_difference, residual_difference)
         row = jnp.where(jnp.arange(self.history_size) == slot, square, row)
+        residual_square = tree_dot(residual, residual)
+        age = (slot - jnp.arange(self.history_size)) % self.history_size
+        overlap = residual_square - jnp.sum(jnp.where(age < 2, projection, 0))
         return _History(
             f=f,
             residual=residual,
@@ -197,17 +217,26 @@ class AndersonAcceleration(
             residual_differences=residual_differences,
             gram=_replace_row_and_column(history.gram, slot, row),
             projection=projection,
+            onset=history.onset.update(
+                num_steps, residual_square, overlap, self.warmup
+            ),
         )
 
     def _extrapolate(self, history: _History, num_steps: Int[Array, ""]) -> Y:
         f, residual = history.f, history.residual
         dtype = working_dtype(f)
         stored = (jnp.arange(self.history_size) < num_steps).astype(dtype)
+        projection = history.projection * stored
         gamma = solve_gram(
             history.gram * stored[:, None] * stored[None, :],
-            history.projection * stored,
+            projection,
             jnp.asarray(self.ridge, dtype),
         )
+        if self.warmup > 0:
+            onset = history.onset
+            promised = onset.residual_square - jnp.sum(gamma * projection)
+            worthwhile = promised < _WORTHWHILE**2 * onset.residual_square
+            gamma = jnp.where(onset.started & worthwhile, gamma, 0)
         combined_f = _subtract(
             f, history_combine(gamma, history.f_differences, f), dtype
         )
@@ -234,5 +263,5 @@ class AndersonAcceleration(
 
     def _answer(self, problem: Problem, y: Y, aux: Aux, kept: Progress) -> Answer:
         del problem
-        best_y = tree_reshape_like(kept.best_y, y)
-        return best_y, aux, {"nfe": kept.num_evaluations}
+        answer = tree_reshape_like(kept.answer(tree_ravel(y)), y)
+        return answer, aux, {"nfe": kept.num_evaluations}

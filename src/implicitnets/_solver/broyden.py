@@ -31,6 +31,7 @@ from .compact import (
     solve,
     Updates,
 )
+from .onset import Onset, start_onset
 from .progress import Progress, start_progress
 
 
@@ -78,6 +79,8 @@ class _Memory(eqx.Module):
     residual_norm: Scalar
     num_backtracks: Int[Array, ""]
     core: _Core
+    onset: Onset
+    change_length: Scalar
     # As the verdict of the step before. To read that itself costs a GPU three copies a
     # step, since this step writes the next one over it.
     finished: Bool[Array, ""]
@@ -102,10 +105,11 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
     Stops when `norm(F(z)) <= atol + rtol * norm(F(z) + z)`, which for the root
     `F(z) = f(z) - z` of a fixed-point problem is the rule of
     [`implicitnets.AndersonAcceleration`][]. The rule is checked on an iterate that was
-    evaluated, and the best one is returned. A solve ends as unsuccessful with the
-    result `nonfinite`, `nonlinear_divergence` (the residual norm exceeds 1000 times the
-    largest of the first residual norm, the first `norm(F(z) + z)` and the two-norm of a
-    state of ones) or `stagnation` (`patience` evaluations without a new best iterate).
+    evaluated. A solve that stops before it holds returns the iterate after the best
+    one. It ends as unsuccessful with the result `nonfinite`, `nonlinear_divergence`
+    (the residual norm exceeds 1000 times the largest of the first residual norm, the
+    first `norm(F(z) + z)` and the two-norm of a state of ones) or `stagnation`
+    (`patience` evaluations without a new best iterate).
 
     Broyden's good update is the least change of the Jacobian that agrees with a step.
     His bad update is the least change of the inverse. On most contractions the bad
@@ -140,6 +144,8 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
         most ten times in a row. Each trial is a step with its evaluation. It hardly
         ever acts on a contraction, and saves most solves that start too far away.
     - `patience`: after how many evaluations without a new best iterate to give up.
+    - `warmup`: as for [`implicitnets.AndersonAcceleration`][]. Updates are made from
+        the first step on, and used from the onset on.
     """
 
     rtol: ScalarLike
@@ -149,11 +155,13 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
     good_update: bool | None = None
     line_search: bool = True
     patience: int = integer(150)
+    warmup: int = integer(8)
 
     def __check_init__(self):
         check_stopping_rule(self)
         check_integer(self, "history_size", self.history_size, 1)
         check_integer(self, "patience", self.patience, 1)
+        check_integer(self, "warmup", self.warmup, 0)
         check_flag(self, "good_update", self.good_update, optional=True)
         check_flag(self, "line_search", self.line_search)
 
@@ -179,6 +187,8 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
                 inverse=jnp.zeros((m, m), dtype),
                 is_good=jnp.zeros(m, bool),
             ),
+            onset=start_onset(y),
+            change_length=jnp.zeros((), dtype),
             finished=jnp.array(False),
         )
         return kept, memory
@@ -216,8 +226,11 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
         # A quarter of a step that has overflowed would overflow again. The value at the
         # base is finite, and plain iteration leads there.
         overflown = reject & overflown
+        onset, change_length = self._onset(
+            free, num_steps, residual, core.projections, secant, slot
+        )
         trusted = jnp.all(jnp.isfinite(weights)) & ~overflown
-        weights = jnp.where(trusted, weights, 0)
+        weights = jnp.where(trusted & onset.started, weights, 0)
         correction = history_combine(weights, updates.w, residual)
         base, base_residual = jtu.tree_map(
             lambda new, old: jnp.where(reject, old, new),
@@ -245,6 +258,10 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
             residual_norm=jnp.where(reject, free.residual_norm, residual_norm),
             num_backtracks=jnp.where(reject, free.num_backtracks + 1, 0),
             core=core,
+            onset=onset,
+            change_length=jnp.where(
+                reject, free.change_length, 1 / secant.change_scale
+            ),
             finished=free.finished | done | (result != optx.RESULTS.successful),
         )
         return new_y, new_kept, memory, aux
@@ -256,6 +273,26 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
         reject = ~(residual_norm <= _MAX_GROWTH * memory.residual_norm)
         reject = reject & (num_steps > 0) & (memory.num_backtracks < _MAX_BACKTRACKS)
         return reject & self.line_search
+
+    def _onset(
+        self,
+        memory: _Memory,
+        num_steps: Int[Array, ""],
+        residual: Y,
+        projections: Float[Array, " history"],
+        secant: Secant,
+        slot: Int[Array, ""],
+    ) -> tuple[Onset, Scalar]:
+        """Whether to use updates, and the length of the residual's newest change."""
+        # All updates before the onset are bad: projections on changes of unit length.
+        length = 1 / secant.change_scale
+        age = (slot - jnp.arange(self.history_size)) % self.history_size
+        lengths = jnp.where(age == 0, length, memory.change_length)
+        changes = jnp.where(age < 2, lengths * projections, 0)
+        square = tree_dot(residual, residual)
+        overlap = square - jnp.sum(changes)
+        onset = memory.onset.update(num_steps, square, overlap, self.warmup)
+        return onset, length
 
     def _secant(
         self,
@@ -293,12 +330,12 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
         return kept.progress.verdict(stuck=kept.num_stalled >= self.patience)
 
     def _answer(self, problem: Problem, y: Y, aux: Aux, kept: BroydenState) -> Answer:
-        del problem, y
+        del problem
         stats = {
             "nfe": kept.progress.num_evaluations,
             "num_rejected_steps": kept.num_rejected_steps,
         }
-        return kept.progress.best_y, aux, stats
+        return kept.progress.answer(y), aux, stats
 
 
 def _learn(

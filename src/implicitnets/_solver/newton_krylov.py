@@ -75,7 +75,8 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     Stops when `norm(F(z)) <= atol + rtol * norm(F(z) + z)`, which for the root
     `F(z) = f(z) - z` of a fixed-point problem is the rule of
     [`implicitnets.AndersonAcceleration`][]. The rule is checked on an iterate that was
-    evaluated, and the best one is returned. A solve ends as unsuccessful if no step
+    evaluated. A solve that stops before it holds returns the iterate after the best
+    one, which a Newton step has led to. It ends as unsuccessful if no step
     decreases the residual any more: with the linear solver's result if that failed,
     with `nonfinite` if the function's values there were not finite, otherwise with
     `stagnation`.
@@ -167,6 +168,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
             direction,
         )
         usable = tree_all_finite(new_y) & ~_equal(new_y, accepted)
+        new_y = _where(usable, new_y, accepted)
         new_kept = _Kept(
             progress=progress,
             accepted_norm=jnp.where(accept, residual_norm, kept.accepted_norm),
@@ -180,7 +182,6 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
             + jnp.where(accept | progress.converged, 0, 1),
             num_matvecs=kept.num_matvecs + num_matvecs,
         )
-        new_y = _where(usable, new_y, accepted)
         return new_y, new_kept, _Free(accepted, direction), aux
 
     def _next_forcing(
@@ -251,14 +252,14 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         return converged, result
 
     def _answer(self, problem: Problem, y: Y, aux: Aux, kept: _Kept) -> Answer:
-        del problem, y
+        del problem
         stats = {
             "nfe": kept.progress.num_evaluations,
             "num_rejected_steps": kept.num_rejected_steps,
         }
         if self._counts_products:
             stats["num_matvecs"] = kept.num_matvecs
-        return kept.progress.best_y, aux, stats
+        return kept.progress.answer(y), aux, stats
 
 
 def _where(pred: Bool[Array, ""], x: Y, y: Y) -> Y:

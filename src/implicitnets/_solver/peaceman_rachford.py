@@ -107,5 +107,5 @@ class PeacemanRachford(
         return kept.verdict()
 
     def _answer(self, problem: Problem, y: Y, aux: Aux, kept: Progress) -> Answer:
-        del problem, y
-        return kept.best_y, aux, {"nfe": kept.num_evaluations}
+        del problem
+        return kept.answer(y), aux, {"nfe": kept.num_evaluations}

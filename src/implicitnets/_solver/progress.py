@@ -13,6 +13,9 @@ from .._internal.pytree import tree_astype, working_dtype
 
 _Y = TypeVar("_Y", bound=PyTree[Array])
 
+# The iterate after one that is further than this from the best one is no better guess.
+_ASTRAY = 2.0
+
 # Anderson and Broyden recover from excursions of one or two orders of magnitude; a
 # solve that is three off does not.
 _DIVERGENCE_FACTOR = 1e3
@@ -97,6 +100,19 @@ class Progress(eqx.Module, Generic[_Y]):
             diverged=residual_norm > bound,
             finite=jnp.isfinite(residual_norm + f_norm),
             num_evaluations=self.num_evaluations + 1,
+        )
+
+    def answer(self, next_y: _Y) -> _Y:
+        """The best that the evaluations allow, at the end of a solve.
+
+        Where the stopping rule holds, it is the iterate that it was checked on. What
+        the newest evaluation has found out is otherwise in the next iterate.
+        """
+        on_course = self.finite & ~self.diverged
+        on_course &= self.error <= _ASTRAY * self.best_error
+        go_on = on_course & ~self.converged
+        return jtu.tree_map(
+            lambda new, best: jnp.where(go_on, new, best), next_y, self.best_y
         )
 
     def verdict(
