@@ -62,6 +62,10 @@ from ._spectrum import (
     operator_norm as operator_norm,
     spectral_radius as spectral_radius,
 )
+from ._starts import (
+    ManySolutions as ManySolutions,
+    solve_from_starts as solve_from_starts,
+)
 
 
 __version__ = importlib.metadata.version("implicitnets")
