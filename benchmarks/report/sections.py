@@ -137,7 +137,7 @@ SECTIONS = (
                 every,
             ),
         ),
-        minutes=2,
+        minutes=6,
         quick=("--problems", "lin"),
     ),
     Section(

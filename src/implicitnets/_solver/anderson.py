@@ -114,10 +114,10 @@ class AndersonAcceleration(
     - `damping`: the weight of the state in every step, accelerated or plain; its value
         has the weight `1 - damping`, which is called `beta` elsewhere. 0 is undamped, a
         negative weight extrapolates.
-    - `warmup`: after how many evaluations to accelerate at the latest. Before, and with
-        the first steps of most random maps, an acceleration shrinks the residual and
-        not the error, so it has to be shown that it pays: residuals two steps apart are
-        alike, or the residual grows. From then on a step is accelerated if that
+    - `warmup`: after how many evaluations to accelerate at the latest. Before, it has
+        to be shown that it pays: on most random maps the first accelerations shrink the
+        residual and not the error. It pays if residuals two steps apart are alike or
+        opposite, or if the residual grows. From then on a step is accelerated if that
         promises a residual a fifth smaller. 0 for the classical method, which always
         accelerates.
     """
@@ -129,7 +129,7 @@ class AndersonAcceleration(
     period: int = integer(3)
     ridge: ScalarLike = 1e-7
     damping: ScalarLike = 0.0
-    warmup: int = integer(8)
+    warmup: int = integer(12)
 
     def __check_init__(self):
         check_stopping_rule(self)

@@ -155,7 +155,7 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
     good_update: bool | None = None
     line_search: bool = True
     patience: int = integer(150)
-    warmup: int = integer(8)
+    warmup: int = integer(12)
 
     def __check_init__(self):
         check_stopping_rule(self)

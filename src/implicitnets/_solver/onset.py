@@ -8,7 +8,7 @@ from .._internal.pytree import working_dtype
 from .._internal.types import Y
 
 
-# How alike residuals two steps apart have to be.
+# How alike residuals two steps apart have to be, or how opposite.
 _ALIKE = 0.5
 
 # Residuals of a contraction that is far from normal grow too, in the first steps.
@@ -22,7 +22,7 @@ class Onset(eqx.Module):
     the first accelerated steps shrink the residual by a third, and are further from the
     root than plain ones. What tells is $\langle r_k, r_{k-2}\rangle / |r_{k-1}|^2$. On
     plain steps $r_{k+1} = J r_k$, so that it is 1 if $J$ is symmetric or one mode is
-    left, and about 0 if $J$ is random.
+    left, -1 if $J$ is skew, and about 0 if $J$ is random.
 
     **Attributes:**
 
@@ -41,7 +41,7 @@ class Onset(eqx.Module):
         warmup: int,
     ) -> "Onset":
         """After an evaluation; `overlap` is with the residual two steps before."""
-        alike = overlap > _ALIKE * self.residual_square
+        alike = jnp.abs(overlap) > _ALIKE * self.residual_square
         grows = residual_square > _GROWTH**2 * self.residual_square
         pays = (num_steps >= 2) & alike | (num_steps >= 1) & grows
         return Onset(self.started | pays | (num_steps >= warmup), residual_square)
