@@ -259,7 +259,7 @@ for name, initialiser in zip(("small", "large"), initialisers):
     loud = eqx.tree_at(lambda model: (model.stem, model.head), quiet, ends)
     report(f"{name} cell, untrained", loud)
     for stem, model in {"Equinox": quiet, "He-uniform": loud}.items():
-        report(f"{name} cell, {stem} stem", train(model, num_steps=30)[0])
+        report(f"{name} cell, {stem}", train(model, num_steps=30)[0])
 
 # %% [markdown]
 # ## Catch what fails
