@@ -7,10 +7,20 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, ScalarLike
+from jaxtyping import (
+    Array,
+    ArrayLike,
+    Bool,
+    Float,
+    Int,
+    PRNGKeyArray,
+    PyTree,
+    ScalarLike,
+)
 
 from ._deq import AbstractDeepEquilibriumNetwork
 from ._internal.checks import (
+    as_integer,
     check_integer,
     check_number,
     check_part,
@@ -52,7 +62,7 @@ _LAYER = Part("an equilibrium layer", AbstractDeepEquilibriumNetwork)
 def solve_from_starts(
     deq: AbstractDeepEquilibriumNetwork,
     x: Any,
-    starts: int | PyTree[Array],
+    starts: int | PyTree[ArrayLike],
     *,
     scale: ScalarLike = 1.0,
     distance: ScalarLike = 1e-2,
@@ -119,6 +129,7 @@ def _make_starts(
 ) -> PyTree[Array]:
     name = "solve_from_starts"
     allowed = "a positive integer, or arrays with one leading axis for the starts"
+    starts = as_integer(starts)
     if isinstance(starts, int):
         num_starts = check_integer(name, "starts", starts, 1)
         own = jtu.tree_map(jnp.asarray, deq.start(x, key=key))

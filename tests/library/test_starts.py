@@ -58,7 +58,9 @@ def test_random_starts_around_the_own_one_of_every_example():
     )
     xs = jr.normal(key, (3, 4))
     solve = eqx.filter_jit(
-        jax.vmap(lambda x: inn.solve_from_starts(deq, x, 4, scale=0.1, key=key))
+        jax.vmap(
+            lambda x: inn.solve_from_starts(deq, x, np.int64(4), scale=0.1, key=key)
+        )
     )
     many = solve(xs)
     z0 = many.solutions.z0
