@@ -23,7 +23,8 @@ class EquilibriumSolution(eqx.Module, Generic[_State]):
         gradient: at an equilibrium it is zero by the implicit function theorem.
     - `result`: an `optimistix.RESULTS`: `successful`, `nonlinear_max_steps_reached`,
         `nonlinear_divergence`, `nonfinite`, `stagnation` (the steps make no progress
-        any more) or `breakdown` (the linear solve within a Newton method failed).
+        any more, most often because what is left of the residual is rounding) or
+        `breakdown` (the linear solve within a Newton method failed).
         `optimistix.RESULTS[sol.result]` is a sentence. The sentences of `stagnation`
         and `breakdown` speak of linear solves, because Lineax defines these two.
     - `stats`: a dictionary of arrays: `num_steps` of the solver, `nfe` (the cell

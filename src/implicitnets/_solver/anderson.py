@@ -89,8 +89,12 @@ class AndersonAcceleration(
     Stops when `norm(f(z) - z) <= atol + rtol * norm(f(z))`, and returns the iterate for
     which that holds. A solve that stops before, after `max_steps` for example, returns
     the iterate after the one with the least residual: no evaluation is thrown away, and
-    with few of them it is as close to the root as the plain iteration. The statistics
-    have `nfe`, the number of evaluations.
+    with few of them it is as close to the root as the plain iteration. A solve that
+    rounding has stopped ends as `stagnation`, at its best iterate: a quarter of its
+    evaluations, and at least eight, had a small residual and found no better iterate,
+    and none of their steps got away from the best one. (Not if both tolerances are
+    zero, which is a solve for all of `max_steps`.) The statistics have `nfe`, the
+    number of evaluations.
 
     If the history becomes linearly dependent, this difference form leaves it out and
     takes a plain step. The form with coefficients that sum to one takes the average of

@@ -109,7 +109,8 @@ class Broyden(AbstractSolver[BroydenState, _Memory], optx.AbstractRootFinder):
     one. It ends as unsuccessful with the result `nonfinite`, `nonlinear_divergence`
     (the residual norm exceeds 1000 times the largest of the first residual norm, the
     first `norm(F(z) + z)` and the two-norm of a state of ones) or `stagnation`
-    (`patience` evaluations without a new best iterate).
+    (`patience` evaluations without a new best iterate, or rounding has stopped it, as
+    in [`implicitnets.AndersonAcceleration`][]).
 
     Broyden's good update is the least change of the Jacobian that agrees with a step.
     His bad update is the least change of the inverse. On most contractions the bad

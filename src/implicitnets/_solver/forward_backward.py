@@ -32,8 +32,9 @@ class ForwardBackward(
     [`implicitnets.PeacemanRachford`][] then takes fewer steps.
 
     Stops when `norm(f(z) - z) <= atol + rtol * norm(f(z))`, and returns the iterate
-    with the least residual of all that were evaluated. The statistics have `nfe`, the
-    number of evaluations.
+    with the least residual of all that were evaluated. Ends as `stagnation` where
+    rounding has stopped it, as [`implicitnets.AndersonAcceleration`][] does. The
+    statistics have `nfe`, the number of evaluations.
 
     For [`implicitnets.nn.AbstractMonotoneCell`][]s only. An equilibrium layer tells it
     the cell. In a solve without a layer, `args` must be `(cell, x)`:

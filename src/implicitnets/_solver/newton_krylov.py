@@ -79,7 +79,8 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     one, which a Newton step has led to. It ends as unsuccessful if no step
     decreases the residual any more: with the linear solver's result if that failed,
     with `nonfinite` if the function's values there were not finite, otherwise with
-    `stagnation`.
+    `stagnation`. It also ends so where rounding has stopped it, as
+    [`implicitnets.AndersonAcceleration`][] does.
 
     The statistics are `num_steps` (linearisations: the Newton steps, the shortened ones
     and the last check), `num_rejected_steps` (how many of them led to where the
@@ -238,8 +239,9 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     def _verdict(self, kept: _Kept) -> Verdict:
         converged = kept.progress.converged & kept.progress.finite
         stagnation: Any = optx.RESULTS.stagnation  # Its type says that it is Lineax's.
+        at_floor = kept.progress.at_floor
         failure = optx.RESULTS.where(
-            kept.linear_result == optx.RESULTS.successful,
+            at_floor | (kept.linear_result == optx.RESULTS.successful),
             stagnation,
             kept.linear_result,
         )
@@ -247,7 +249,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
             kept.progress.finite, failure, optx.RESULTS.nonfinite
         )
         result = optx.RESULTS.where(
-            kept.failed & ~converged, failure, optx.RESULTS.successful
+            (kept.failed | at_floor) & ~converged, failure, optx.RESULTS.successful
         )
         return converged, result
 

@@ -40,8 +40,9 @@ class PeacemanRachford(
     input and every step size.
 
     Stops when `norm(f(z) - z) <= atol + rtol * norm(f(z))`, and returns the iterate
-    with the least residual of all that were evaluated. The statistics have `nfe`, the
-    number of evaluations.
+    with the least residual of all that were evaluated. Ends as `stagnation` where
+    rounding has stopped it, as [`implicitnets.AndersonAcceleration`][] does. The
+    statistics have `nfe`, the number of evaluations.
 
     For [`implicitnets.nn.AbstractMonotoneCell`][]s only, which it is told in the same
     way as [`implicitnets.ForwardBackward`][].

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -15,6 +16,21 @@ _Y = TypeVar("_Y", bound=PyTree[Array])
 
 # The iterate after one that is further than this from the best one is no better guess.
 _ASTRAY = 2.0
+
+# A solve is at its rounding floor if a quarter of its evaluations have been idle since
+# the error last fell by this factor, and the iterates have not got away from the best
+# one. Rounding makes steps of about a residual to and fro, or a random walk. Where the
+# residual falls slowly, or rests for a while, the steps add up.
+_FALL = 0.7
+_FEWEST_IDLE = 8
+_IDLE_SHARE = 0.25
+_RANDOM_WALK = 0.5
+
+# What counts as idle: no new best iterate, but about as good a one (a solver that is
+# far from the best one is on its way), and a residual that is small relative to the
+# value (no map is expected to be less exact than that).
+_NEAR = 7.0
+_SMALL = 0.01
 
 # Anderson and Broyden recover from excursions of one or two orders of magnitude; a
 # solve that is three off does not.
@@ -46,6 +62,10 @@ class Progress(eqx.Module, Generic[_Y]):
     - `divergence_bound`: the residual norm from which the solve counts as diverged.
     - `converged`, `diverged`, `finite`: the verdict on the newest evaluation.
     - `num_evaluations`: how many evaluations there were.
+    - `reference_error`: the error that was last much smaller than this one before it.
+    - `num_idle`: how many evaluations since then made no progress.
+    - `wandering`: the sum of their distances from the best iterate, each in units of
+        its residual.
     """
 
     best_y: _Y
@@ -56,6 +76,9 @@ class Progress(eqx.Module, Generic[_Y]):
     diverged: Bool[Array, ""]
     finite: Bool[Array, ""]
     num_evaluations: Int[Array, ""]
+    reference_error: Scalar
+    num_idle: Int[Array, ""]
+    wandering: Scalar
 
     def update(
         self,
@@ -89,6 +112,12 @@ class Progress(eqx.Module, Generic[_Y]):
             self.divergence_bound,
         )
         better = error < self.best_error
+        # With no tolerance a solve is for all of `max_steps`.
+        idle = ~better & (error <= _NEAR * self.best_error) & (tolerance > 0)
+        idle &= (residual_norm > 0) & (residual_norm <= _SMALL * f_norm)
+        fallen = error < _FALL * self.reference_error
+        distance = norm(_distance(y, self.best_y, dtype)).astype(dtype)
+        strayed = distance / lax.stop_gradient(jnp.where(idle, residual_norm, 1))
         return Progress(
             best_y=jtu.tree_map(
                 lambda new, old: jnp.where(better, new, old), y, self.best_y
@@ -100,15 +129,30 @@ class Progress(eqx.Module, Generic[_Y]):
             diverged=residual_norm > bound,
             finite=jnp.isfinite(residual_norm + f_norm),
             num_evaluations=self.num_evaluations + 1,
+            reference_error=jnp.where(fallen, error, self.reference_error),
+            num_idle=jnp.where(fallen, 0, self.num_idle + jnp.where(idle, 1, 0)),
+            wandering=jnp.where(
+                fallen, 0, self.wandering + jnp.where(idle, strayed, 0)
+            ),
         )
+
+    @property
+    def at_floor(self) -> Bool[Array, ""]:
+        """Whether what is left of the residual is rounding."""
+        dtype = self.wandering.dtype
+        num_idle = self.num_idle.astype(dtype)
+        enough = _IDLE_SHARE * self.num_evaluations.astype(dtype)
+        enough = jnp.maximum(enough, _FEWEST_IDLE)
+        return (num_idle >= enough) & (self.wandering <= _RANDOM_WALK * num_idle**1.5)
 
     def answer(self, next_y: _Y) -> _Y:
         """The best that the evaluations allow, at the end of a solve.
 
         Where the stopping rule holds, it is the iterate that it was checked on. What
-        the newest evaluation has found out is otherwise in the next iterate.
+        the newest evaluation has found out is otherwise in the next iterate, unless it
+        is rounding.
         """
-        on_course = self.finite & ~self.diverged
+        on_course = self.finite & ~self.diverged & ~self.at_floor
         on_course &= self.error <= _ASTRAY * self.best_error
         go_on = on_course & ~self.converged
         return jtu.tree_map(
@@ -120,6 +164,7 @@ class Progress(eqx.Module, Generic[_Y]):
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """What `terminate` returns; `stuck` if the solver has no way to go on."""
         converged = self.converged & self.finite
+        stuck = stuck | self.at_floor
         stagnation: Any = optx.RESULTS.stagnation  # Its type says that it is Lineax's.
         result = optx.RESULTS.where(
             stuck & ~converged, stagnation, optx.RESULTS.successful
@@ -143,4 +188,12 @@ def start_progress(y: _Y) -> Progress[_Y]:
         diverged=jnp.array(False),
         finite=jnp.array(True),
         num_evaluations=jnp.array(0),
+        reference_error=infinity,
+        num_idle=jnp.array(0),
+        wandering=jnp.zeros_like(infinity),
     )
+
+
+def _distance(x: _Y, y: _Y, dtype: Any) -> PyTree[Array]:
+    x, y = lax.stop_gradient((tree_astype(x, dtype), tree_astype(y, dtype)))
+    return jtu.tree_map(jnp.subtract, x, y)

@@ -48,8 +48,10 @@ class ReversibleFixedPoint(
     where $\beta = 1 - d$). Two evaluations a step. Works with every other adjoint too.
 
     Stops when `norm(f(y) - y) <= atol + rtol * norm(f(y))`, and returns the iterate
-    with the least residual of all the `y` that were evaluated. The statistics have
-    `nfe`, the number of evaluations. Half-precision states are iterated in float32.
+    with the least residual of all the `y` that were evaluated. Ends as `stagnation`
+    where rounding has stopped it, as [`implicitnets.AndersonAcceleration`][] does. The
+    statistics have `nfe`, the number of evaluations. Half-precision states are iterated
+    in float32.
 
     **Arguments:**
 
@@ -91,7 +93,14 @@ class ReversibleFixedPoint(
         f, aux = evaluate(new_y)
         pair = Pair(y=new_y, z=self.mix(free.z, f))
         residual = jtu.tree_map(jnp.subtract, f, new_y)
-        progress = self._judge(kept.progress, pair, f, residual)
+        progress = kept.progress.update(
+            pair,
+            f,
+            residual,
+            rtol=self.rtol,
+            atol=self.atol,
+            norm=lambda x: self.norm(x.y if isinstance(x, Pair) else x),
+        )
         improved = progress.best_error < kept.progress.best_error
         num_best_steps = jnp.where(
             improved, progress.num_evaluations, kept.num_best_steps

@@ -98,7 +98,8 @@ class SteadyState(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
 
     A step is rejected where it gives values that are not finite or a residual many
     times that at its start. If the step size falls to the rounding error of `dt0`, the
-    tolerance seems out of reach and the result is `stagnation`.
+    tolerance seems out of reach and the result is `stagnation`. So it is where rounding
+    has stopped the solve, as in [`implicitnets.AndersonAcceleration`][].
 
     The statistics are `num_accepted_steps`, `num_rejected_steps`, `final_time` and, for
     the explicit Runge-Kutta methods, `diffrax.Euler` and [`implicitnets.VCABM3`][],
