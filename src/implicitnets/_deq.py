@@ -4,6 +4,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -87,7 +88,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
 
     - `cell`, `solver`, `adjoint`, `max_steps`, `throw`: as in
         [`implicitnets.DeepEquilibriumNetwork`][].
-    - `fixed_depth`: see [`implicitnets.set_fixed_depth`][].
+    - `fixed_depth`, `checkpoint`: see [`implicitnets.set_fixed_depth`][].
     """
 
     cell: eqx.AbstractVar[Callable]
@@ -96,6 +97,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
     max_steps: eqx.AbstractVar[int]
     throw: eqx.AbstractVar[bool]
     fixed_depth: eqx.AbstractVar[int]
+    checkpoint: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def start(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree[ArrayLike]:
@@ -118,6 +120,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         check_integer(self, "max_steps", self.max_steps, 1, traced=True)
         check_flag(self, "throw", self.throw)
         check_integer(self, "fixed_depth", self.fixed_depth, 0)
+        check_flag(self, "checkpoint", self.checkpoint)
 
     def __call__(
         self,
@@ -244,11 +247,14 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
     def _unroll(
         self, z0: PyTree[Array], arguments: CellArguments
     ) -> tuple[PyTree[Array], optx.RESULTS, Stats]:
+        def evaluate(z):
+            return call_cell(z, arguments)
+
+        if self.checkpoint:
+            # What it prevents by default cannot happen across the steps of a scan.
+            evaluate = jax.checkpoint(evaluate, prevent_cse=False)
         z_star, _ = lax.scan(
-            lambda z, _: (call_cell(z, arguments), None),
-            z0,
-            None,
-            length=self.fixed_depth,
+            lambda z, _: (evaluate(z), None), z0, None, length=self.fixed_depth
         )
         depth = jnp.array(self.fixed_depth)
         return z_star, optx.RESULTS.successful, {"num_steps": depth, "nfe": depth}
@@ -324,7 +330,7 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     - `max_steps`: the largest number of solver steps.
     - `throw`: whether a solve that was not successful raises. By default it does not,
         because solves that stop early are normal in training: see `result` of `solve`.
-    - `fixed_depth`: 0 to solve; see [`implicitnets.set_fixed_depth`][].
+    - `fixed_depth`, `checkpoint`: 0 to solve; see [`implicitnets.set_fixed_depth`][].
 
     **Raises:**
 
@@ -342,6 +348,7 @@ class DeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     max_steps: int = keyword(256)
     throw: bool = keyword(False)
     fixed_depth: int = integer(0, kw_only=True)
+    checkpoint: bool = keyword(False)
 
     def __check_init__(self):
         check_starts(self)
@@ -367,8 +374,8 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
 
     - `init`: `init(x) -> z0`, trained with the rest of the model; `None` for
         `cell(z, x)` at the zero state.
-    - `cell`, `solver`, `zero_state`, `adjoint`, `max_steps`, `throw`, `fixed_depth`: as
-        [`implicitnets.DeepEquilibriumNetwork`][].
+    - `cell`, `solver`, `zero_state`, `adjoint`, `max_steps`, `throw`, `fixed_depth`,
+        `checkpoint`: as [`implicitnets.DeepEquilibriumNetwork`][].
 
     **Raises:**
 
@@ -386,6 +393,7 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
     max_steps: int = keyword(256)
     throw: bool = keyword(False)
     fixed_depth: int = integer(0, kw_only=True)
+    checkpoint: bool = keyword(False)
 
     def __check_init__(self):
         check_starts(self)
@@ -400,19 +408,22 @@ class SkipDeepEquilibriumNetwork(AbstractDeepEquilibriumNetwork):
         return call_cell(zeros, arguments)
 
 
-def set_fixed_depth(model: _Model, depth: int) -> _Model:
+def set_fixed_depth(model: _Model, depth: int, *, checkpoint: bool = False) -> _Model:
     """Switch every equilibrium layer of a model between unrolling and solving.
 
-    It changes a Python integer in the model and nothing else, so that an optimiser
-    state made before a switch works after it. Equilibrium models are pretrained by
-    unrolling to a small depth (Bai et al., *Deep Equilibrium Models*, 2019, appendix
-    D).
+    It changes a Python integer and a flag in the model and nothing else, so that an
+    optimiser state made before a switch works after it. Equilibrium models are
+    pretrained by unrolling to a small depth (Bai et al., *Deep Equilibrium Models*,
+    2019, appendix D).
 
     **Arguments:**
 
     - `model`: any pytree.
     - `depth`: how many times to apply the cell, with ordinary differentiation through
         every application; 0 to solve for the equilibrium.
+    - `checkpoint`: whether to keep only the states between the applications for the
+        gradient, and to compute again what is within (`jax.checkpoint`). It takes one
+        more application each, and the memory of one instead of `depth`.
 
     **Returns:**
 
@@ -420,10 +431,11 @@ def set_fixed_depth(model: _Model, depth: int) -> _Model:
 
     **Raises:**
 
-    `ValueError` if the depth is not an integer of at least 0, or the model has no
-    equilibrium layer.
+    `ValueError` if the depth is not an integer of at least 0, `checkpoint` is not a
+    flag, or the model has no equilibrium layer.
     """
     depth = check_integer("set_fixed_depth", "depth", depth, 0)
+    check_flag("set_fixed_depth", "checkpoint", checkpoint)
     num_layers = 0
 
     def is_layer(node):
@@ -437,7 +449,11 @@ def set_fixed_depth(model: _Model, depth: int) -> _Model:
         inner = jtu.tree_map(
             set_depth, node, is_leaf=lambda x: is_layer(x) and x is not node
         )
-        return eqx.tree_at(lambda layer: layer.fixed_depth, inner, depth)
+        return eqx.tree_at(
+            lambda layer: (layer.fixed_depth, layer.checkpoint),
+            inner,
+            (depth, checkpoint),
+        )
 
     new_model = jtu.tree_map(set_depth, model, is_leaf=is_layer)
     some = num_layers > 0

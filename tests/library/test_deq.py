@@ -291,8 +291,8 @@ def test_optimiser_state_survives_the_switch_of_depth():
     state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
     structure = jtu.tree_structure(model)
     values = []
-    for depth in (3, 0, 3):
-        model = inn.set_fixed_depth(model, depth)
+    for depth, checkpoint in ((3, False), (0, False), (3, True)):
+        model = inn.set_fixed_depth(model, depth, checkpoint=checkpoint)
         assert jtu.tree_structure(model) == structure
         for _ in range(2):
             model, state, value = step(model, state)
@@ -323,6 +323,49 @@ def test_fixed_depth_is_unrolling():
     assert jnp.any(through_start != 0)
 
 
+class WideCell(eqx.Module):
+    """Whose inner activations are much larger than its state."""
+
+    down: eqx.nn.Linear
+    up: eqx.nn.Linear
+
+    def __call__(self, z, x):
+        return jnp.tanh(self.down(jnp.tanh(self.up(z))) + x)
+
+
+@pytest.mark.parametrize(
+    "layer", (inn.DeepEquilibriumNetwork, inn.SkipDeepEquilibriumNetwork)
+)
+def test_checkpointed_depth_takes_less_memory(layer):
+    size, width, depth = 8, 4096, 12
+    keys = jr.split(jr.key(0))
+    cell = WideCell(
+        eqx.nn.Linear(width, size, key=keys[0]), eqx.nn.Linear(size, width, key=keys[1])
+    )
+    model, x = layer(cell), make_vector(size)
+
+    def measure(checkpoint):
+        deep = inn.set_fixed_depth(model, depth, checkpoint=checkpoint)
+        assert jtu.tree_structure(deep) == jtu.tree_structure(model)
+        params, static = eqx.partition(deep, eqx.is_inexact_array)
+
+        def loss(params, x):
+            return jnp.sum(eqx.combine(params, static)(x) ** 2)
+
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes, compiled(params, x)
+
+    memory, (value, grads) = measure(False)
+    less_memory, (same_value, same_grads) = measure(True)
+    assert np.allclose(same_value, value, rtol=1e-6)
+    assert relative_error(same_grads, grads) < 1e-5
+    # Of the inner activations, one of each application is not kept.
+    assert memory - less_memory > (depth - 2) * width * x.dtype.itemsize
+    assert less_memory < 0.7 * memory
+
+
 def test_set_fixed_depth_reaches_nested_layers():
     inner = inn.DeepEquilibriumNetwork(dense_cell())
 
@@ -333,11 +376,12 @@ def test_set_fixed_depth_reaches_nested_layers():
             return 0.5 * self.inner(z) + x
 
     model = {"layers": [inn.DeepEquilibriumNetwork(Outer(inner)), inner]}
-    model = inn.set_fixed_depth(model, 3)
+    model = inn.set_fixed_depth(model, 3, checkpoint=True)
     outer, other = model["layers"]
     assert isinstance(outer.cell, Outer)
-    depths = (outer.fixed_depth, outer.cell.inner.fixed_depth, other.fixed_depth)
-    assert depths == (3, 3, 3)
+    layers = outer, outer.cell.inner, other
+    assert all(layer.fixed_depth == 3 and layer.checkpoint for layer in layers)
+    assert not inn.set_fixed_depth(inner, 3).checkpoint
 
 
 def test_traced_depth_is_a_clear_error():

@@ -638,6 +638,11 @@ CASES = (
         "depth=.*at least 0; .* 2.5",
     ),
     (
+        lambda: inn.set_fixed_depth(deq(), 2, checkpoint=1),
+        ValueError,
+        "checkpoint=.*`True` or `False`; got 1",
+    ),
+    (
         lambda: inn.set_fixed_depth({"layer": LINEAR}, 3),
         ValueError,
         "set_fixed_depth.*an equilibrium layer",
