@@ -204,7 +204,8 @@ class RoundedCell(inn.nn.AbstractMonotoneCell):
     margin: float
 
     def linear(self, z):
-        return (1 - self.margin) * z - rounded_product(self.cell.weight, z, coarse=False)
+        image = rounded_product(self.cell.weight, z, coarse=False)
+        return (1 - self.margin) * z - image
 
     def inject(self, x):
         return self.cell.inject(x)
