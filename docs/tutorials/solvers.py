@@ -171,8 +171,7 @@ for name in ("Broyden", "Newton-Krylov", "VCABM3"):
 # ## Which one?
 #
 # * `inn.AndersonAcceleration`, the default, needs few evaluations and adds little work.
-# * `inn.Broyden` builds an inverse Jacobian, which `inn.ShineAdjoint` uses, and notices
-#   stagnation.
+# * `inn.Broyden` builds an inverse Jacobian, which `inn.ShineAdjoint` uses.
 # * `inn.NewtonKrylov` reaches high accuracy: it converges superlinearly near the
 #   equilibrium.
 # * ODE solvers suit cells that are stable as a flow but not as an iteration: their
