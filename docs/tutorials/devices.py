@@ -325,8 +325,8 @@ for name, cell in (("float32", model.deq.cell), ("bfloat16", HalfCell(model.deq.
     )
 
 # %% [markdown]
-# The accuracy is the same, up to the noise of a training. [On a GPU](../../gpu_report/),
-# TensorFloat32, float32 and a bfloat16 cell differ as little.
+# The accuracy is the same, up to the noise of a training. TensorFloat32, float32 and a
+# bfloat16 cell differ as little [on a GPU](../../gpu_report/).
 #
 # The memory is hardly less in bfloat16. A solve and its gradient keep states of the
 # solvers, which are float32, and one evaluation of the cell. A CPU also computes

@@ -62,7 +62,7 @@ class Progress(eqx.Module, Generic[_Y]):
     - `divergence_bound`: the residual norm from which the solve counts as diverged.
     - `converged`, `diverged`, `finite`: the verdict on the newest evaluation.
     - `num_evaluations`: how many evaluations there were.
-    - `reference_error`: the error that was last much smaller than this one before it.
+    - `reference_error`: the error when it last fell by much.
     - `num_idle`: how many evaluations since then made no progress.
     - `wandering`: the sum of their distances from the best iterate, each in units of
         its residual.
