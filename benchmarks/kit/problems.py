@@ -100,9 +100,9 @@ def _with_spectral_radius(matrix: np.ndarray, rho: float) -> np.ndarray:
     return matrix * (rho / np.max(np.abs(np.linalg.eigvals(matrix))))
 
 
-def dense_tanh(rho: float, size: int = 256, batch: int = 128) -> Problem:
+def dense_tanh(rho: float, size: int = 256, batch: int = 128, seed: int = 0) -> Problem:
     """`tanh(W z + x)`: a random `W` of a given spectral radius, and small inputs."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     matrix = _with_spectral_radius(rng.standard_normal((size, size)), rho)
     inputs = 0.1 * rng.standard_normal((batch, size))
     name = f"tanh {size}, radius {rho}"

@@ -141,6 +141,28 @@ SECTIONS = (
         quick=("--problems", "lin"),
     ),
     Section(
+        "expansive",
+        "Maps that expand",
+        "How many equilibria of maps that expand does each solver find, and at what "
+        "cost?",
+        (
+            by_problem(
+                "expansive_solved",
+                "Equilibria found, of those that there are (%)",
+                ("solver",),
+                "solved (%)",
+                "%",
+            ),
+            Exhibit(
+                "expansive",
+                "Costs are those of all solves over the number of solutions",
+                every,
+            ),
+        ),
+        minutes=25,
+        quick=("--seeds", "1", "--size", "16", "--max-steps", "20"),
+    ),
+    Section(
         "warm_start",
         "A start at the last equilibrium",
         "How many evaluations does the equilibrium of a similar input save?",

@@ -45,6 +45,7 @@ from ._internal.unvmap import unvmap_any
 from ._solution import EquilibriumSolution
 from ._solver.abstract import AbstractSolver
 from ._solver.anderson import AndersonAcceleration
+from ._solver.chain import AbstractChain
 from ._solver.progress import divergence_bound
 from ._solver.steady_state import SteadyState
 
@@ -232,9 +233,12 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
         adjoint = self.adjoint if probe is None else with_probe(self.adjoint, probe)
         if isinstance(self.solver, _Minimising):
             adjoint = _ResidualAdjoint(adjoint)
+        solver = self.solver
+        if isinstance(solver, AbstractChain):
+            solver = solver.within(self.max_steps)
         solution = optx.fixed_point(
             call_cell,
-            self.solver,
+            solver,
             z0,
             arguments,
             max_steps=self.max_steps,

@@ -24,6 +24,7 @@ from ._internal.observe import AbstractObserver, observe
 from ._internal.parametrise import resolve
 from ._internal.pytree import working_dtype
 from ._internal.types import Stats
+from ._solver.chain import AbstractChain
 
 
 class ResidualTrace(eqx.Module):
@@ -92,12 +93,17 @@ def residual_trace(
 
     **Raises:**
 
-    `TypeError` if `solver` is not a solver, or one that needs bounds; `ValueError` if
-    `max_steps` is negative, `z0` is not of real floating-point arrays, or `fn` couples
-    the examples of a batch.
+    `TypeError` if `solver` is not a solver, one that needs bounds, or a chain;
+    `ValueError` if `max_steps` is negative, `z0` is not of real floating-point arrays,
+    or `fn` couples the examples of a batch.
     """
     check_part("residual_trace", "fn", fn, FUNCTION)
     check_part("residual_trace", "solver", solver, _SOLVER)
+    if isinstance(solver, AbstractChain):
+        raise TypeError(
+            "`residual_trace` sees every step of a solver, and a chain has none of its "
+            "own: trace the solvers in it one by one."
+        )
     max_steps = check_integer("residual_trace", "max_steps", max_steps, 0)
     check_value(
         "residual_trace",

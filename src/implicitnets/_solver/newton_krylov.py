@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, Scalar, ScalarLike
 
 from .._internal.checks import (
+    check_integer,
     check_number,
     check_part,
     check_stopping_rule,
+    integer,
     LINEAR_SOLVER,
     PROPER_FRACTION,
 )
@@ -46,12 +48,19 @@ _SUFFICIENT_DECREASE = 1e-4
 _LEAST_SHRINKAGE = 0.5
 _MOST_SHRINKAGE = 0.1
 
+# With a memory: how often a step may shrink before the whole one is taken, and how
+# often that may happen.
+_MAX_BACKTRACKS = 1
+_MAX_ESCAPES = 30
+
 
 class _Kept(eqx.Module):
     progress: Progress
-    accepted_norm: Scalar
+    accepted_norms: Float[Array, " memory"]
     step_size: Scalar
     forcing: Scalar
+    num_backtracks: Int[Array, ""]
+    num_escapes: Int[Array, ""]
     failed: Bool[Array, ""]
     linear_result: optx.RESULTS
     num_rejected_steps: Int[Array, ""]
@@ -91,7 +100,8 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     Eisenstat and Walker, *Choosing the Forcing Terms in an Inexact Newton Method*,
     1996: choice 2 with its safeguard, and algorithm INB. Kelley, *Solving Nonlinear
     Equations with Newton's Method*, 2003, for the safeguard against solving the last
-    system too accurately and for the line search.
+    system too accurately and for the parabola. Grippo, Lampariello and Lucidi, *A
+    Nonmonotone Line Search Technique for Newton's Method*, 1986, for `memory`.
 
     **Arguments:**
 
@@ -102,6 +112,12 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     - `linear_solver`: any Lineax solver. If it has an `rtol`, every step sets that. Its
         other fields are used as they are.
     - `forcing`: the first and the largest relative tolerance of a linear solve.
+    - `memory`: with how many of the last residuals a step's is compared. With 1 it has
+        to be less than the last one, and a solve may come to rest where the residual is
+        least and not zero, as it often does on maps that expand. With more it has to be
+        less than the largest of them, and a step that is rejected twice is taken whole,
+        up to thirty times. The residual may then grow for a while, and from a poor
+        start it may grow without end.
     """
 
     rtol: ScalarLike
@@ -109,20 +125,24 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
     norm: Norm = optx.two_norm
     linear_solver: lx.AbstractLinearSolver = GivensGMRES(rtol=0.5, atol=0.0)
     forcing: ScalarLike = 0.5
+    memory: int = integer(1)
 
     def __check_init__(self):
         check_stopping_rule(self)
         check_part(self, "linear_solver", self.linear_solver, LINEAR_SOLVER)
         check_number(self, "forcing", self.forcing, PROPER_FRACTION)
+        check_integer(self, "memory", self.memory, 1)
 
     def _start(self, problem: Problem, y: Y) -> tuple[_Kept, _Free]:
         del problem
         dtype = working_dtype(y)
         kept = _Kept(
             progress=start_progress(y),
-            accepted_norm=jnp.array(jnp.inf, dtype),
+            accepted_norms=jnp.full(self.memory, jnp.inf, dtype),
             step_size=jnp.array(1, dtype),
             forcing=jnp.asarray(self.forcing, dtype),
+            num_backtracks=jnp.array(0),
+            num_escapes=jnp.array(0),
             failed=jnp.array(False),
             linear_result=optx.RESULTS.successful,
             num_rejected_steps=jnp.array(0),
@@ -144,8 +164,10 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         progress = self._judge(kept.progress, y, f, residual)
         residual_norm = jnp.sqrt(tree_dot(residual, residual))
         promised = kept.step_size * (1 - kept.forcing)
-        sufficient = (1 - _SUFFICIENT_DECREASE * promised) * kept.accepted_norm
-        accept = progress.finite & (residual_norm <= sufficient)
+        reference = jnp.max(kept.accepted_norms)
+        sufficient = (1 - _SUFFICIENT_DECREASE * promised) * reference
+        escape = self._is_too_often(kept.num_backtracks)
+        accept = progress.finite & ((residual_norm <= sufficient) | escape)
 
         # An example that is done, or has to try a shorter step, has nothing to solve.
         # It gets the system of zeros, so that the rest of a batch need not wait for it.
@@ -161,20 +183,29 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         accepted = _where(accept, y, free.accepted)
         direction = _where(accept, solution, free.direction)
         shortened = kept.step_size * self._shrinkage(kept, progress, residual_norm)
-        step_size = jnp.where(accept, 1, shortened)
+        # A step to where the function has no value may shrink as often as it takes.
+        rejected = ~accept & progress.finite
+        num_backtracks = kept.num_backtracks + jnp.where(rejected, 1, 0)
+        num_backtracks = jnp.where(accept, 0, num_backtracks)
+        give_up = rejected & self._is_too_often(num_backtracks)
+        step_size = jnp.where(accept | give_up, 1, shortened)
         dtype = step_size.dtype
         new_y = jtu.tree_map(
             lambda a, d: a + (step_size * d.astype(dtype)).astype(a.dtype),
             accepted,
             direction,
         )
+        num_escapes = kept.num_escapes + jnp.where(accept & escape, 1, 0)
         usable = tree_all_finite(new_y) & ~_equal(new_y, accepted)
+        usable &= num_escapes <= _MAX_ESCAPES
         new_y = _where(usable, new_y, accepted)
         new_kept = _Kept(
             progress=progress,
-            accepted_norm=jnp.where(accept, residual_norm, kept.accepted_norm),
+            accepted_norms=self._remember(kept, accept, escape, residual_norm),
             step_size=step_size,
             forcing=jnp.where(accept, forcing, kept.forcing),
+            num_backtracks=num_backtracks,
+            num_escapes=num_escapes,
             failed=~usable,
             linear_result=optx.RESULTS.where(
                 solve, promote(linear_result, optx.RESULTS), kept.linear_result
@@ -185,12 +216,30 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         )
         return new_y, new_kept, _Free(accepted, direction), aux
 
+    def _is_too_often(self, num_backtracks: Int[Array, ""]) -> Bool[Array, ""]:
+        return (num_backtracks > _MAX_BACKTRACKS) & (self.memory > 1)
+
+    def _remember(
+        self,
+        kept: _Kept,
+        accept: Bool[Array, ""],
+        escape: Bool[Array, ""],
+        residual_norm: Scalar,
+    ) -> Float[Array, " memory"]:
+        # The newest is the first. Where a solve has escaped to, it starts anew; so
+        # does the first step of all, which any residual is a decrease for.
+        old = kept.accepted_norms
+        is_first = jnp.isinf(old[0])
+        old = jnp.where(escape | is_first, residual_norm, old)
+        newer = jnp.concatenate([residual_norm[None], old[:-1]])
+        return jnp.where(accept, newer, kept.accepted_norms)
+
     def _next_forcing(
         self, kept: _Kept, progress: Progress, residual_norm: Scalar
     ) -> Scalar:
         dtype = residual_norm.dtype
         largest = jnp.asarray(self.forcing, dtype)
-        ratio = residual_norm / kept.accepted_norm
+        ratio = residual_norm / kept.accepted_norms[0]
         forcing = _FORCING_FACTOR * ratio**2
         floor = _FORCING_FACTOR * kept.forcing**2
         floor = jnp.where(floor > _FORCING_SAFEGUARD, floor, 0)
@@ -198,7 +247,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         # No more accurate than the stopping rule asks for.
         tolerance = jnp.asarray(self.rtol, dtype) + jnp.asarray(self.atol, dtype)
         forcing = jnp.maximum(forcing, 0.5 * tolerance / progress.error)
-        is_first = jnp.isinf(kept.accepted_norm)
+        is_first = jnp.isinf(kept.accepted_norms[0])
         return jnp.where(is_first, largest, jnp.minimum(forcing, largest))
 
     def _solve(
@@ -231,7 +280,7 @@ class NewtonKrylov(AbstractSolver[_Kept, _Free], optx.AbstractRootFinder):
         # The minimum of the parabola with the squared norms at both ends of the step,
         # and the slope at its start that an exact Newton direction has.
         size = kept.step_size
-        ratio = (residual_norm / kept.accepted_norm) ** 2
+        ratio = (residual_norm / kept.accepted_norms[0]) ** 2
         shrinkage = size / (ratio - 1 + 2 * size)
         shrinkage = jnp.clip(shrinkage, _MOST_SHRINKAGE, _LEAST_SHRINKAGE)
         return jnp.where(progress.finite, shrinkage, _MOST_SHRINKAGE)
