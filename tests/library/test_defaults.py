@@ -41,6 +41,7 @@ CELLS = {
 SOLVERS = {
     "anderson": inn.AndersonAcceleration(TOL, TOL),
     "broyden": inn.Broyden(TOL, TOL),
+    "auto": inn.AutoSolver(TOL, TOL),
     "newton_krylov": inn.NewtonKrylov(TOL, TOL),
     "reversible": inn.ReversibleFixedPoint(TOL, TOL),
     "tsit5": inn.SteadyState(dfx.Tsit5(), TOL, TOL),

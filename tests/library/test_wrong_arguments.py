@@ -41,6 +41,7 @@ ANDERSON, TSIT5 = inn.AndersonAcceleration(1e-3, 1e-3), dfx.Tsit5()
 LAYERS = (inn.DeepEquilibriumNetwork, inn.SkipDeepEquilibriumNetwork, inn.NeuralODE)
 SOLVERS = (
     inn.AndersonAcceleration,
+    inn.AutoSolver,
     inn.Broyden,
     inn.ForwardBackward,
     inn.NewtonKrylov,
@@ -114,6 +115,42 @@ NON_NEGATIVE = "a finite non-negative number"
 # What to call, the type of the error, and what its message says.
 CASES = (
     # Solvers.
+    (lambda: inn.SolverChain(()), ValueError, "solvers=.*at least one solver"),
+    (
+        lambda: inn.SolverChain((ANDERSON, TSIT5)),
+        TypeError,
+        r"solvers=.*`implicitnets.SteadyState\(Tsit5\(...\)\)` makes one of it",
+    ),
+    (
+        lambda: inn.SolverChain(ANDERSON),
+        ValueError,
+        "solvers=.*at least one solver",
+    ),
+    (
+        lambda: inn.SolverChain((ANDERSON, optx.Bisection(1e-3, 1e-3))),
+        TypeError,
+        "needs bounds",
+    ),
+    (
+        lambda: inn.SolverChain((ANDERSON, ANDERSON), limits=(3,)),
+        ValueError,
+        "limits=.*one for every solver",
+    ),
+    (
+        lambda: inn.SolverChain((ANDERSON, ANDERSON), limits=(0, None)),
+        ValueError,
+        f"limits=.*{LEAST_1}.*; got 0",
+    ),
+    (
+        lambda: inn.SolverChain((ANDERSON,), max_steps=0),
+        ValueError,
+        must_be("SolverChain", "max_steps", LEAST_1),
+    ),
+    (
+        lambda: trace(solver=inn.AutoSolver(**TOLERANCES)),
+        TypeError,
+        "a chain has none of its own",
+    ),
     *(
         (
             lambda s=s, n=n: s(**{**TOLERANCES, n: -1.0}),
@@ -658,6 +695,8 @@ def test_wrong_arguments(call, error, message):
 
 WITH_NUMBERS = (
     ANDERSON,
+    inn.AutoSolver(**TOLERANCES),
+    inn.SolverChain((ANDERSON,)),
     inn.Broyden(**TOLERANCES),
     inn.ForwardBackward(**TOLERANCES, step_size=0.1),
     inn.NewtonKrylov(**TOLERANCES),

@@ -3,6 +3,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import diffrax as dfx
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
@@ -39,8 +40,9 @@ Stage: TypeAlias = (
 )
 
 _STAGE = Part(
-    "an Optimistix solver, such as `implicitnets.NewtonKrylov(1e-4, 1e-6)`",
+    "Optimistix solvers, such as `implicitnets.NewtonKrylov(1e-4, 1e-6)`",
     SOLVER_KINDS,
+    {dfx.AbstractSolver: "`implicitnets.SteadyState({name}(...))` makes one of it."},
 )
 
 
@@ -204,12 +206,14 @@ class SolverChain(AbstractChain):
     max_steps: int = eqx.field(default=256, kw_only=True)
 
     def __check_init__(self):
-        check_value(self, "solvers", self.solvers, bool(self.solvers), "not empty")
+        some = isinstance(self.solvers, tuple) and len(self.solvers) > 0
+        check_value(self, "solvers", self.solvers, some, "at least one solver")
         for solver in self.solvers:
             check_part(self, "solvers", solver, _STAGE)
             check_needs_no_bounds(solver)
         if self.limits is not None:
-            same = len(self.limits) == len(self.solvers)
+            same = isinstance(self.limits, tuple)
+            same = same and len(self.limits) == len(self.solvers)
             check_value(self, "limits", self.limits, same, "one for every solver")
             for limit in self.limits:
                 check_integer(self, "limits", limit, 1, optional=True)
