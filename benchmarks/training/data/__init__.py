@@ -9,7 +9,7 @@ from typing import get_args, Literal
 
 import numpy as np
 
-from ..errors import check_positive, DataError
+from ..errors import check_non_negative, check_positive, DataError
 from .labelled import LabelledName, load_labelled, PackagedName
 from .samples import (
     Batch as Batch,
@@ -44,8 +44,8 @@ class DataOptions:
     """Test only on so many examples, or tokens of text."""
     standardise: bool = False
     """Images: give every channel of the training set mean 0 and variance 1."""
-    augment: bool = False
-    """Images: shift them by up to four pixels and mirror them, at random."""
+    augment: int | None = None
+    """Images: mirror them and shift them by up to so many pixels, at random."""
     keep_rest: bool = False
     """Train on the last examples of an epoch too, as a smaller batch."""
     image_size: tuple[int, int] | None = None
@@ -63,6 +63,7 @@ class DataOptions:
     def __post_init__(self):
         check_positive(self, "train_size", "test_size", "sequence_length", "delay")
         check_positive(self, "test_sequence_length")
+        check_non_negative(self, "augment")
         without_files = *get_args(PackagedName), "copy_memory"
         if self.data_dir is not None and self.dataset in without_files:
             raise ValueError(
@@ -80,7 +81,9 @@ def load(options: DataOptions, seed: int = 0) -> Data:
             raise DataError(f"The {name} set of {options.dataset} is empty.")
         if isinstance(sample, Examples) and (sample.targets == IGNORED).all():
             raise DataError(f"The {name} set of {options.dataset} has no target.")
-    if (options.augment or options.standardise) and len(data.input_shape) != 3:
+    if (options.augment is not None or options.standardise) and len(
+        data.input_shape
+    ) != 3:
         raise DataError("Only images can be augmented or standardised.")
     if isinstance(train, Examples) and isinstance(test, Examples):
         train = dataclasses.replace(

@@ -37,7 +37,8 @@ class Examples:
 
     - `inputs`, `targets`: the examples.
     - `mean`, `std`: of the inputs, which their numbers are relative to.
-    - `augment`: whether to shift and mirror what is trained on.
+    - `augment`: by how many pixels to shift, at the most, what is trained on, besides
+        mirroring it; `None` to do neither.
     - `keep_rest`: whether an epoch ends with a batch of what is left over, which is
         filled up with ignored examples, and not with the last full batch.
     """
@@ -46,7 +47,7 @@ class Examples:
     targets: Int32[np.ndarray, "example ..."]
     mean: np.ndarray | float = 0.0
     std: np.ndarray | float = 1.0
-    augment: bool = False
+    augment: int | None = None
     keep_rest: bool = False
 
     def __len__(self) -> int:
@@ -81,9 +82,11 @@ class Examples:
         epoch, start = divmod(step, self.steps_per_epoch(batch_size))
         order = _order(len(self), seed, epoch)
         batch = self._filled_up(order[start * batch_size :][:batch_size], batch_size)
-        if self.augment:
+        if self.augment is not None:
             rng = np.random.default_rng((seed, 1, step))
-            inputs, targets = shift_and_mirror(batch.inputs, batch.targets, rng)
+            inputs, targets = shift_and_mirror(
+                batch.inputs, batch.targets, self.augment, rng
+            )
             batch = dataclasses.replace(batch, inputs=inputs, targets=targets)
         return batch.numbers()
 
@@ -192,15 +195,15 @@ def _order(size: int, seed: int, epoch: int) -> Int[np.ndarray, " example"]:
 def shift_and_mirror(
     images: Shaped[np.ndarray, "batch channel height width"],
     targets: Int32[np.ndarray, "batch ..."],
+    most: int,
     rng: np.random.Generator,
 ) -> tuple[
     Shaped[np.ndarray, "batch channel height width"], Int32[np.ndarray, "batch ..."]
 ]:
-    """Shift images by up to four pixels, black coming in, and mirror every other.
+    """Shift images by at most so many pixels, black coming in, and mirror every other.
 
     Masks move with their images, and what comes in is ignored; labels stay.
     """
-    most = 4
     batch, _, height, width = images.shape
     down, right = rng.integers(0, 2 * most + 1, (2, batch, 1))
     columns = np.arange(width)

@@ -24,7 +24,7 @@ from ..run import train
 
 
 NETWORKS = {
-    "resnet-fashion": "residual network (JAXopt)",
+    "resnet-fashion": "residual network",
     "tutorial-fashion": "SciML's tutorial",
 }
 
@@ -75,6 +75,7 @@ def train_recipe(name: str, settings: FashionSettings) -> list[Row]:
             "an epoch (min)": record["seconds"] / record["epoch"] / 60,
             "evaluations, training": record["train_evaluations"],
             "evaluations, test": record["test_evaluations"],
+            "converged, test (%)": 100 * record["test_converged"],
             "residual, test": record["test_residual"],
             "spectral radius": record["test_spectral_radius_mean"],
         }

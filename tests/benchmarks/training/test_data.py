@@ -153,7 +153,7 @@ def test_shift_and_mirror():
     # A mask that says which pixel it is, in the first of the channels.
     masks = np.arange(images[:, 0].size, dtype=np.int32).reshape(40, 6, 5)
     images[:, 0] = 1 + masks
-    moved, moved_masks = shift_and_mirror(images, masks, rng)
+    moved, moved_masks = shift_and_mirror(images, masks, 4, rng)
     assert moved.shape == images.shape
     np.testing.assert_array_equal(moved[:, 0], 1 + moved_masks)
     assert np.min(moved_masks) == IGNORED
@@ -176,7 +176,7 @@ def test_only_images_are_augmented_and_standardised(tmp_path, option):
 
 
 def test_augmentation_depends_on_the_step_alone():
-    digits = load(DataOptions(augment=True)).train
+    digits = load(DataOptions(augment=4)).train
     one, again = digits.training_batch(50, 8, 0)[0], digits.training_batch(50, 8, 0)[0]
     np.testing.assert_array_equal(one, again)
 
