@@ -14,9 +14,13 @@ TRAINING_SECTIONS = (
         "training.studies.fashion",
         "All of Fashion-MNIST",
         "How accurate are a residual network and the network of SciML's tutorial after "
-        "at most half an hour? Both take at most eight steps of Anderson acceleration "
-        "and the penalty on the Jacobian. The residual network has the Jacobian-free "
-        "gradient; the other one diverges with it, and has the implicit one.",
+        "about half an hour? Both are solved by Anderson acceleration to a relative "
+        "residual of 1e-2, with the penalty on the Jacobian. The residual network, "
+        "whose state has a quarter of the image's pixels, has at most twelve steps and "
+        "the Jacobian-free gradient. In its last steps it is right on 94.6 % of the "
+        "training images: what it lacks is not accuracy of the solves. The other "
+        "network diverges with that gradient, and has at most eight steps and the "
+        "implicit one. Its rows are of 25 November 2026, on two cores.",
         (
             Exhibit(
                 "fashion",
