@@ -1,6 +1,6 @@
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import diffrax as dfx
@@ -199,11 +199,21 @@ class SolverChain(AbstractChain):
         steps within a chain, it is this one.)
     """
 
-    solvers: tuple[Stage, ...] = eqx.field(converter=_as_tuple)
-    limits: tuple[int | None, ...] | None = eqx.field(
-        default=None, converter=_as_tuple, kw_only=True
-    )
-    max_steps: int = eqx.field(default=256, kw_only=True)
+    solvers: tuple[Stage, ...]
+    limits: tuple[int | None, ...] | None
+    max_steps: int
+
+    # Written out for type checkers, as in `SteadyState`.
+    def __init__(
+        self,
+        solvers: Sequence[Stage],
+        *,
+        limits: Sequence[int | None] | None = None,
+        max_steps: int = 256,
+    ):
+        self.solvers = _as_tuple(solvers)
+        self.limits = _as_tuple(limits)
+        self.max_steps = max_steps
 
     def __check_init__(self):
         some = isinstance(self.solvers, tuple) and len(self.solvers) > 0
