@@ -51,8 +51,9 @@ from ._regularise import (
 from ._solution import EquilibriumSolution as EquilibriumSolution
 from ._solver.adams import VCABM3 as VCABM3
 from ._solver.anderson import AndersonAcceleration as AndersonAcceleration
+from ._solver.auto import AutoSolver as AutoSolver
 from ._solver.broyden import Broyden as Broyden
-from ._solver.chain import AutoSolver as AutoSolver, SolverChain as SolverChain
+from ._solver.chain import SolverChain as SolverChain
 from ._solver.forward_backward import ForwardBackward as ForwardBackward
 from ._solver.newton_krylov import NewtonKrylov as NewtonKrylov
 from ._solver.peaceman_rachford import PeacemanRachford as PeacemanRachford

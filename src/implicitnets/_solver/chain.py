@@ -15,7 +15,6 @@ from .._internal.checks import (
     check_integer,
     check_needs_no_bounds,
     check_part,
-    check_stopping_rule,
     check_value,
     Part,
     SOLVER_KINDS,
@@ -25,11 +24,7 @@ from .._internal.optimistix import run_solve
 from .._internal.pytree import tree_all_finite
 from .._internal.types import Answer, Aux, Fn, Norm, Tags, Verdict, Y
 from .._internal.unvmap import unvmap_any
-from .._linear_solver.gmres import GivensGMRES
 from .abstract import AbstractSolver, Problem
-from .anderson import AndersonAcceleration
-from .broyden import Broyden
-from .newton_krylov import NewtonKrylov
 
 
 Stage: TypeAlias = (
@@ -45,17 +40,8 @@ _STAGE = Part(
     {dfx.AbstractSolver: "`implicitnets.SteadyState({name}(...))` makes one of it."},
 )
 
-
 # Statistics of a stage that add up.
 _COUNTS = "num_steps", "nfe", "num_matvecs"
-
-# Of `AutoSolver`. By then Anderson acceleration has solved what it solves fast. On maps
-# that expand a Krylov space of the default dimension is too small, and Newton's method
-# seldom solves later what it has not solved soon. Broyden's method wanders on.
-_ANDERSON_STEPS = 64
-_NEWTON_STEPS = 100
-_KRYLOV_DIMENSION = 60
-_BROYDEN_HISTORY = 30
 
 
 def _as_tuple(value: Any) -> Any:
@@ -246,50 +232,6 @@ class SolverChain(AbstractChain):
     @property
     def norm(self) -> Norm:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.solvers[-1].norm
-
-
-class AutoSolver(AbstractChain):
-    """Begins with what is fast on easy problems, and goes on with what is more robust.
-
-    A [`implicitnets.SolverChain`][] of [`implicitnets.AndersonAcceleration`][] (64
-    steps), [`implicitnets.NewtonKrylov`][] with a memory of 10 and a Krylov space of
-    dimension 60 (100 steps), and [`implicitnets.Broyden`][] with a history of 30 (the
-    rest). Where the first is successful, a solve is the first one's, in the same time.
-    The statistics are those of the chain: `stage` is 0, 1 or 2.
-
-    What it costs is compiling all three, and the memory of the largest: 61 states for
-    the Krylov space, or 60 for Broyden's history, where the default keeps 10. The
-    [report](../report.md#maps-that-expand) says how much of what the others leave
-    it solves.
-
-    Stops when `norm(f(z) - z) <= atol + rtol * norm(f(z))`.
-
-    **Arguments:**
-
-    - `rtol`: relative tolerance.
-    - `atol`: absolute tolerance.
-    - `norm`: the norm of the stopping rule.
-    - `max_steps`: as in [`implicitnets.SolverChain`][].
-    """
-
-    rtol: ScalarLike
-    atol: ScalarLike
-    norm: Norm = optx.two_norm
-    max_steps: int = eqx.field(default=256, kw_only=True)
-
-    def __check_init__(self):
-        check_stopping_rule(self)
-        check_integer(self, "max_steps", self.max_steps, 1, traced=True)
-
-    @property
-    def stages(self) -> tuple[tuple[Stage, int | None], ...]:
-        rule: Any = {"rtol": self.rtol, "atol": self.atol, "norm": self.norm}
-        gmres = GivensGMRES(rtol=0.5, atol=0.0, restart=_KRYLOV_DIMENSION)
-        return (
-            (AndersonAcceleration(**rule), _ANDERSON_STEPS),
-            (NewtonKrylov(**rule, linear_solver=gmres, memory=10), _NEWTON_STEPS),
-            (Broyden(**rule, history_size=_BROYDEN_HISTORY), None),
-        )
 
 
 def _least(limit: int | None, left: int | Int[Array, ""]) -> int | Int[Array, ""]:
