@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 import tyro
+from jaxtyping import Array
 
 import implicitnets as inn
 
@@ -59,20 +60,29 @@ class ExpansiveSettings(Settings):
     """Stop a solve after so many steps."""
 
 
+# Of the module, so that a solver is compiled once for all radii.
+CELL = jax_cell("tanh")
+
+
+def zero_state(args: Any) -> Array:
+    """Zeros like the input."""
+    _, x = args
+    return jnp.zeros_like(x)
+
+
+@eqx.filter_jit
+def solve(
+    layer: inn.DeepEquilibriumNetwork, weights: dict[str, Array], xs: Array
+) -> inn.EquilibriumSolution:
+    """The solutions of a batch with the same weights."""
+    return jax.vmap(lambda x: layer.solve((weights, x)))(xs)
+
+
 def measure(name: str, radius: float, settings: ExpansiveSettings) -> Row:
     """One solver's solves with every matrix of one radius."""
-    cell = jax_cell("tanh")
     layer = inn.DeepEquilibriumNetwork(
-        cell,
-        SOLVERS[name],
-        max_steps=settings.max_steps,
-        zero_state=lambda args: jnp.zeros_like(args[1]),
+        CELL, SOLVERS[name], max_steps=settings.max_steps, zero_state=zero_state
     )
-
-    @eqx.filter_jit
-    def solve(layer, weights, xs):
-        return jax.vmap(lambda x: layer.solve((weights, x)))(xs)
-
     problems = [
         dense_tanh(radius, settings.size, settings.examples, seed)
         for seed in range(settings.seeds)
