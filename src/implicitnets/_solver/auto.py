@@ -16,7 +16,7 @@ from .newton_krylov import NewtonKrylov
 # By then Anderson acceleration has solved what it solves fast. On maps that expand a
 # Krylov space of the default dimension is too small, and Newton's method seldom solves
 # later what it has not solved soon. Broyden's method wanders on.
-_ANDERSON_STEPS = 64
+_ANDERSON_STEPS = 128
 _NEWTON_STEPS = 100
 _KRYLOV_DIMENSION = 60
 _BROYDEN_HISTORY = 30
@@ -25,7 +25,7 @@ _BROYDEN_HISTORY = 30
 class AutoSolver(AbstractChain):
     """Begins with what is fast on easy problems, and goes on with what is more robust.
 
-    A [`implicitnets.SolverChain`][] of [`implicitnets.AndersonAcceleration`][] (64
+    A [`implicitnets.SolverChain`][] of [`implicitnets.AndersonAcceleration`][] (128
     steps), [`implicitnets.NewtonKrylov`][] with a memory of 10 and a Krylov space of
     dimension 60 (100 steps), and [`implicitnets.Broyden`][] with a history of 30 (the
     rest). Where the first is successful, a solve is the first one's, in the same time.
