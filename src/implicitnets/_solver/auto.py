@@ -28,8 +28,8 @@ class AutoSolver(AbstractChain):
     A [`implicitnets.SolverChain`][] of [`implicitnets.AndersonAcceleration`][] (128
     steps), [`implicitnets.NewtonKrylov`][] with a memory of 10 and a Krylov space of
     dimension 60 (100 steps), and [`implicitnets.Broyden`][] with a history of 30 (the
-    rest). Where the first is successful, a solve is the first one's, in the same time.
-    The statistics are those of the chain: `stage` is 0, 1 or 2.
+    rest). Where the first is successful, a solve is the first one's, in little more
+    time. The statistics are those of the chain: `stage` is 0, 1 or 2.
 
     What it costs is compiling all three, and the memory of the largest: 61 states for
     the Krylov space, or 60 for Broyden's history, where the default keeps 10. The
