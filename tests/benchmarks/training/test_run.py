@@ -146,13 +146,19 @@ def test_a_signal_stops_and_saves(reference, tmp_path, monkeypatch, number, step
 
 
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    # A shell starts what runs in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def twice(state):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
     at_step(monkeypatch, 1, twice)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):
