@@ -40,7 +40,7 @@ from ._internal.observe import observed
 from ._internal.optimistix import solve_inputs
 from ._internal.parametrise import resolve
 from ._internal.pytree import tree_all_finite, tree_astype, working_dtype
-from ._internal.types import Stats, Tags
+from ._internal.types import Solver, Stats, Tags
 from ._internal.unvmap import unvmap_any
 from ._solution import EquilibriumSolution
 from ._solver.abstract import AbstractSolver
@@ -53,9 +53,6 @@ from ._solver.steady_state import SteadyState
 _Model = TypeVar("_Model", bound=PyTree)
 
 _Minimising: TypeAlias = optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser
-Solver: TypeAlias = (
-    optx.AbstractFixedPointSolver | optx.AbstractRootFinder | _Minimising
-)
 
 
 def as_solver(solver: Any) -> Solver:
@@ -235,6 +232,7 @@ class AbstractDeepEquilibriumNetwork(eqx.Module):
             adjoint = _ResidualAdjoint(adjoint)
         solver = self.solver
         if isinstance(solver, AbstractChain):
+            # Optimistix tells no solver what it is limited to.
             solver = solver.within(self.max_steps)
         solution = optx.fixed_point(
             call_cell,

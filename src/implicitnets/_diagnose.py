@@ -1,7 +1,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -16,14 +15,13 @@ from ._internal.checks import (
     check_part,
     check_value,
     FUNCTION,
-    Part,
-    SOLVER_KINDS,
+    SOLVER,
 )
 from ._internal.convolution import fast_convolutions
 from ._internal.observe import AbstractObserver, observe
 from ._internal.parametrise import resolve
 from ._internal.pytree import working_dtype
-from ._internal.types import Stats
+from ._internal.types import Solver, Stats
 from ._solver.chain import AbstractChain
 
 
@@ -54,19 +52,9 @@ class ResidualTrace(eqx.Module):
     result: optx.RESULTS
 
 
-_SOLVER = Part(
-    "an Optimistix solver, such as `implicitnets.AndersonAcceleration(1e-4, 1e-6)`",
-    SOLVER_KINDS,
-    {dfx.AbstractSolver: "`implicitnets.SteadyState({name}(...))` makes one of it."},
-)
-
-
 def residual_trace(
     fn: Callable[[PyTree[Array], Any], PyTree[Array]],
-    solver: optx.AbstractFixedPointSolver
-    | optx.AbstractRootFinder
-    | optx.AbstractLeastSquaresSolver
-    | optx.AbstractMinimiser,
+    solver: Solver,
     z0: PyTree[Array],
     args: Any = None,
     *,
@@ -98,7 +86,7 @@ def residual_trace(
     or `fn` couples the examples of a batch.
     """
     check_part("residual_trace", "fn", fn, FUNCTION)
-    check_part("residual_trace", "solver", solver, _SOLVER)
+    check_part("residual_trace", "solver", solver, SOLVER)
     if isinstance(solver, AbstractChain):
         raise TypeError(
             "`residual_trace` sees every step of a solver, and a chain has none of its "

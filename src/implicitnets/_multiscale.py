@@ -14,8 +14,9 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, ScalarLike
 
 from ._adjoint.implicit import ImplicitAdjoint
 from ._cell import takes_key
-from ._deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork, Solver
+from ._deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
 from ._internal.checks import as_integer, check_part, check_value, FUNCTION
+from ._internal.types import Solver
 from ._neural_ode import NeuralODE
 from ._solver.anderson import AndersonAcceleration
 

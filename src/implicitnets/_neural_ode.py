@@ -21,7 +21,6 @@ from ._internal.checks import (
     keyword,
     Part,
     POSITIVE,
-    SOLVER_KINDS,
     STEP_SIZE_CONTROLLER,
 )
 from ._internal.parametrise import resolve
@@ -31,7 +30,7 @@ from ._internal.pytree import (
     tree_cast_like,
     working_dtype,
 )
-from ._internal.types import Stats
+from ._internal.types import Solver, Stats
 from ._solution import EquilibriumSolution
 from ._solver.adams import VCABM3
 
@@ -40,7 +39,7 @@ _EQUILIBRIUM_LAYER = "`implicitnets.DeepEquilibriumNetwork` takes it."
 _SOLVER = Part(
     "a Diffrax solver of ordinary differential equations, such as `diffrax.Tsit5()`",
     dfx.AbstractSolver,
-    {SOLVER_KINDS: _EQUILIBRIUM_LAYER},
+    {Solver: _EQUILIBRIUM_LAYER},
 )
 _ADJOINT = Part(
     "a Diffrax adjoint, such as `diffrax.BacksolveAdjoint()`",

@@ -1,9 +1,8 @@
 """How accurate do two image networks get on all of Fashion-MNIST, in how long?
 
-The residual network of JAXopt's example and the network of SciML's tutorial, each at a
-size and in a number of epochs that take at most half an hour on two cores. Trains them
-by their recipes, and keeps their checkpoints and figures beside its
-results: started again, it goes on where it was.
+A residual network and the network of SciML's tutorial, each at a size and in a number
+of epochs that take about half an hour. Trains them by their recipes, and keeps their
+checkpoints and figures beside its results: started again, it goes on where it was.
 """
 
 import dataclasses

@@ -19,6 +19,8 @@ import numpy as np
 import optimistix as optx
 from jax.core import Tracer
 
+from .types import Solver
+
 
 def keyword(default: Any) -> Any:
     return eqx.field(default=default, kw_only=True)
@@ -67,13 +69,12 @@ class Part(NamedTuple):
     near_misses: Mapping[Any, str] = {}
 
 
-SOLVER_KINDS = (
-    optx.AbstractFixedPointSolver
-    | optx.AbstractRootFinder
-    | optx.AbstractLeastSquaresSolver
-    | optx.AbstractMinimiser
-)
 FUNCTION = Part("a function", Callable)
+SOLVER = Part(
+    "an Optimistix solver, such as `implicitnets.AndersonAcceleration(1e-4, 1e-6)`",
+    Solver,
+    {dfx.AbstractSolver: "`implicitnets.SteadyState({name}(...))` makes one of it."},
+)
 LINEAR_SOLVER = Part(
     "a Lineax solver, such as `lineax.GMRES(1e-3, 1e-3)`",
     lx.AbstractLinearSolver,

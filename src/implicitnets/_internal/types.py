@@ -17,6 +17,13 @@ Options: TypeAlias = dict[str, Any]
 Stats: TypeAlias = dict[str, Any]
 Tags: TypeAlias = frozenset[object]
 Product: TypeAlias = Callable[[PyTree[Array]], PyTree[Array]]
+# Whatever Optimistix finds a fixed point by.
+Solver: TypeAlias = (
+    optx.AbstractFixedPointSolver
+    | optx.AbstractRootFinder
+    | optx.AbstractLeastSquaresSolver
+    | optx.AbstractMinimiser
+)
 # What a Lineax solver returns: the solution, the result and the statistics.
 LinearSolution: TypeAlias = tuple[PyTree[Array], lx.RESULTS, Stats]
 

@@ -4,12 +4,12 @@ import equinox as eqx
 import optimistix as optx
 from jaxtyping import ScalarLike
 
-from .._internal.checks import check_integer, check_stopping_rule
-from .._internal.types import Norm
+from .._internal.checks import check_stopping_rule
+from .._internal.types import Norm, Solver
 from .._linear_solver.gmres import GivensGMRES
 from .anderson import AndersonAcceleration
 from .broyden import Broyden
-from .chain import AbstractChain, Stage
+from .chain import AbstractChain
 from .newton_krylov import NewtonKrylov
 
 
@@ -53,10 +53,9 @@ class AutoSolver(AbstractChain):
 
     def __check_init__(self):
         check_stopping_rule(self)
-        check_integer(self, "max_steps", self.max_steps, 1, traced=True)
 
     @property
-    def stages(self) -> tuple[tuple[Stage, int | None], ...]:
+    def stages(self) -> tuple[tuple[Solver, int | None], ...]:
         rule: Any = {"rtol": self.rtol, "atol": self.atol, "norm": self.norm}
         gmres = GivensGMRES(rtol=0.5, atol=0.0, restart=_KRYLOV_DIMENSION)
         return (

@@ -1,9 +1,8 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-import diffrax as dfx
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
@@ -16,29 +15,15 @@ from .._internal.checks import (
     check_needs_no_bounds,
     check_part,
     check_value,
-    Part,
-    SOLVER_KINDS,
+    SOLVER,
 )
 from .._internal.loop import SolverState
 from .._internal.optimistix import run_solve
 from .._internal.pytree import tree_all_finite
-from .._internal.types import Answer, Aux, Fn, Norm, Tags, Verdict, Y
+from .._internal.types import Answer, Aux, Fn, Norm, Solver, Tags, Verdict, Y
 from .._internal.unvmap import unvmap_any
 from .abstract import AbstractSolver, Problem
 
-
-Stage: TypeAlias = (
-    optx.AbstractFixedPointSolver
-    | optx.AbstractRootFinder
-    | optx.AbstractLeastSquaresSolver
-    | optx.AbstractMinimiser
-)
-
-_STAGE = Part(
-    "Optimistix solvers, such as `implicitnets.NewtonKrylov(1e-4, 1e-6)`",
-    SOLVER_KINDS,
-    {dfx.AbstractSolver: "`implicitnets.SteadyState({name}(...))` makes one of it."},
-)
 
 # Statistics of a stage that add up.
 _COUNTS = "num_steps", "nfe", "num_matvecs"
@@ -74,9 +59,12 @@ class AbstractChain(AbstractSolver[ChainState, None], optx.AbstractRootFinder):
 
     max_steps: eqx.AbstractVar[int]
 
+    def __check_init__(self):
+        check_integer(self, "max_steps", self.max_steps, 1, traced=True)
+
     @property
     @abc.abstractmethod
-    def stages(self) -> tuple[tuple[Stage, int | None], ...]:
+    def stages(self) -> tuple[tuple[Solver, int | None], ...]:
         """The solvers, each with the most steps that it may take."""
 
     def within(self, max_steps: int | Int[Array, ""]) -> "AbstractChain":
@@ -115,7 +103,7 @@ class AbstractChain(AbstractSolver[ChainState, None], optx.AbstractRootFinder):
         state: ChainState,
         y0: Y,
         run: Callable,
-        solver: Stage,
+        solver: Solver,
         limit: int | None,
         number: int,
     ) -> ChainState:
@@ -185,14 +173,14 @@ class SolverChain(AbstractChain):
         steps within a chain, it is this one.)
     """
 
-    solvers: tuple[Stage, ...]
+    solvers: tuple[Solver, ...]
     limits: tuple[int | None, ...] | None
     max_steps: int
 
     # Written out for type checkers, as in `SteadyState`.
     def __init__(
         self,
-        solvers: Sequence[Stage],
+        solvers: Sequence[Solver],
         *,
         limits: Sequence[int | None] | None = None,
         max_steps: int = 256,
@@ -205,7 +193,7 @@ class SolverChain(AbstractChain):
         some = isinstance(self.solvers, tuple) and len(self.solvers) > 0
         check_value(self, "solvers", self.solvers, some, "at least one solver")
         for solver in self.solvers:
-            check_part(self, "solvers", solver, _STAGE)
+            check_part(self, "solvers", solver, SOLVER)
             check_needs_no_bounds(solver)
         if self.limits is not None:
             same = isinstance(self.limits, tuple)
@@ -213,10 +201,9 @@ class SolverChain(AbstractChain):
             check_value(self, "limits", self.limits, same, "one for every solver")
             for limit in self.limits:
                 check_integer(self, "limits", limit, 1, optional=True)
-        check_integer(self, "max_steps", self.max_steps, 1, traced=True)
 
     @property
-    def stages(self) -> tuple[tuple[Stage, int | None], ...]:
+    def stages(self) -> tuple[tuple[Solver, int | None], ...]:
         limits = self.limits or (None,) * len(self.solvers)
         return tuple(zip(self.solvers, limits, strict=True))
 
@@ -239,7 +226,7 @@ def _least(limit: int | None, left: int | Int[Array, ""]) -> int | Int[Array, ""
 
 
 def _solve(
-    problem: Problem, solver: Stage, y: Y, max_steps: int | Int[Array, ""]
+    problem: Problem, solver: Solver, y: Y, max_steps: int | Int[Array, ""]
 ) -> optx.Solution:
     is_fixed_point = isinstance(solver, optx.AbstractFixedPointSolver)
     solve: Any = optx.fixed_point if is_fixed_point else optx.root_find

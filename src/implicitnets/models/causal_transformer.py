@@ -9,8 +9,9 @@ import optimistix as optx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
+from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
 from .._internal.checks import check_number, check_value, FRACTION
+from .._internal.types import Solver
 from .._solver.broyden import Broyden
 from ..nn import VariationalDropout
 from ._config import check_config, check_sizes

@@ -12,8 +12,9 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
+from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
 from .._internal.checks import check_number, check_value, POSITIVE
+from .._internal.types import Solver
 from .._solver.anderson import AndersonAcceleration
 from ._config import check_config, check_sizes, check_tuple
 from ._layers import batch_norm, conv, draw_convolutions

@@ -9,7 +9,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._adjoint.implicit import ImplicitAdjoint
-from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
+from .._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
+from .._internal.types import Solver
 from .._solver.anderson import AndersonAcceleration
 from ._config import check_config, check_sizes, check_tuple
 from ._model import AbstractModel

@@ -5,7 +5,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..._adjoint.implicit import ImplicitAdjoint
-from ..._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
+from ..._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
+from ..._internal.types import Solver
 from ..._solver.broyden import Broyden
 from .._config import check_config
 from .._model import AbstractModel

@@ -8,7 +8,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..._adjoint.implicit import ImplicitAdjoint
-from ..._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork, Solver
+from ..._deq import AbstractDeepEquilibriumNetwork, DeepEquilibriumNetwork
+from ..._internal.types import Solver
 from ..._solution import EquilibriumSolution
 from ..._solver.anderson import AndersonAcceleration
 from ...nn import initialise, VariationalDropout, weight_norm
